@@ -1,0 +1,43 @@
+// From tensors to the plain Problem that kernels take. All validation is here, for every device: a wrong argument raises
+// one message that names it, what was expected and what came, before anything is computed.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "problem.h"
+
+namespace heedful {
+
+using torch::stable::Tensor;
+
+// The options that forward and backward share.
+struct Options {
+  const std::optional<Tensor>&mask, &bias, &q_lengths, &k_lengths, &q_starts;
+  int64_t q_start;
+  std::optional<int64_t> left, right;
+  std::optional<double> scale;
+};
+
+// A checked problem, and the tensors that its pointers belong to.
+struct Call {
+  Problem problem;
+  std::vector<Tensor> kept;
+};
+
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options);
+void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& out,
+                    const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias);
+
+torch::headeronly::ScalarType compute_type(DType dtype);
+
+// A new [B, H, S, D] tensor with the memory order of `like`: heads inside the sequence where they are so there.
+Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_t dim);
+
+View view_of(const Tensor& tensor);
+// The same, with strides of 0 where `tensor` has a size of 1.
+View broadcast_view(const Tensor& tensor);
+
+}  // namespace heedful

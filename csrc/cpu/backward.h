@@ -1,0 +1,393 @@
+// Attention backward, five products a tile. Keys lie in vector lanes and key blocks go outermost, so that dK and dV stay
+// local and nothing of the sequence's length is packed; masks and biases are read along their rows.
+//
+//   P[i][key]   = exp2(scale log2(e) * sum_d Q[i][d] K^T[d][key] - lse_i)     dV[key][d] += sum_i P[i][key]  dO[i][d]
+//   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
+//                                                                             dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
+// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in units of log2(e);  2. everything above, one task for each (key/value
+// head, group of key blocks);  3. the groups' dQ added up in order.
+//
+// Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never from
+// the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes over
+// those itself, in order: nobody else adds to its part of the bias gradient.
+#pragma once
+
+#include "kernels.h"
+#include "microkernel.h"
+#include "scores.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// Limits of a sum over queries, for rows of keys: the queries that see any of these keys, counted from the tile's first.
+struct QueriesThatSee {
+  const Band& band;
+  const Tile& tile;
+  HEEDFUL_FN int64_t first(int64_t key, int64_t) const {
+    return most(band.first_query(tile.j0 + key), tile.i0) - tile.i0;
+  }
+  HEEDFUL_FN int64_t end(int64_t, int64_t key_end) const {
+    return least(band.end_query(tile.j0 + key_end - 1), tile.i1) - tile.i0;
+  }
+};
+// Limits of a sum over keys, for rows of queries.
+struct KeysSeen {
+  const Band& band;
+  const Tile& tile;
+  HEEDFUL_FN int64_t first(int64_t query, int64_t) const {
+    return most(band.first_key(tile.i0 + query), tile.j0) - tile.j0;
+  }
+  HEEDFUL_FN int64_t end(int64_t, int64_t query_end) const {
+    return least(band.end_key(tile.i0 + query_end - 1), tile.j1) - tile.j0;
+  }
+};
+
+template <class S>
+struct Backward {
+  using C = Compute<S>;
+  static constexpr int n = kLanes<C>;
+  static constexpr int64_t kQueries = 64, kKeys = 128;
+  static constexpr int64_t kRowsPerTask = 256;  // of phases 1 and 3
+
+  static int64_t padded(int64_t x) { return (x + n - 1) / n * n; }
+
+  // ---- plan ---------------------------------------------------------------------------------------------------------
+
+  static int64_t blocks(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
+  // Enough groups for 16 tasks a sequence, each of at least four blocks: eight groups cost 3 % (their dQ is added up).
+  static int64_t most_groups(const Problem& p) {
+    if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
+    return clamp((16 + p.Hk - 1) / most<int64_t>(p.Hk, 1), 1, 8);
+  }
+  static int64_t blocks_per_group(const Problem& p, int64_t keys) {
+    const int64_t most_of_them = most_groups(p);
+    return most<int64_t>(most_of_them == 1 ? blocks(keys) : 4, (blocks(keys) + most_of_them - 1) / most_of_them);
+  }
+  static int64_t groups(const Problem& p, int64_t keys) {
+    const int64_t per_group = most<int64_t>(blocks_per_group(p, keys), 1);
+    return most<int64_t>((blocks(keys) + per_group - 1) / per_group, 1);
+  }
+  // Of any sequence of this problem.
+  static int64_t task_groups(const Problem& p) { return clamp((blocks(p.Sk) + 3) / 4, 1, most_groups(p)); }
+
+  static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
+  static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
+
+  // Whether the first group adds dQ up in the output itself.
+  static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0; }
+
+  struct Workspace {
+    C *delta, *lse;  // [B, Hq, Sq]
+    C* dq;           // [groups, B, Hq, Sq, padded D], without the first where that is the output
+  };
+  static size_t carve(const Problem& p, char* base, Workspace* w) {
+    const int64_t rows = p.B * p.Hq * p.Sq;
+    Carver carve{base};
+    w->delta = carve.take<C>(rows);
+    w->lse = carve.take<C>(rows);
+    w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * rows * padded(p.D));
+    return carve.size;
+  }
+
+  static void plan(const Problem& p, Plan* plan) {
+    Workspace w;
+    Scratch s;
+    const int64_t rows = p.B * p.Hq * ((p.Sq + kRowsPerTask - 1) / kRowsPerTask);
+    plan->phases[0] = {rows, &prepare};
+    plan->phases[1] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) * (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) *
+                           task_groups(p),
+                       &run};
+    plan->phases[2] = {rows, &finish};
+    plan->phase_count = dq_in_place(p) && task_groups(p) == 1 ? 2 : 3;
+    plan->scratch_bytes = carve(p, nullptr, &s);
+    plan->workspace_bytes = carve(p, nullptr, &w);
+  }
+
+  // Rows [i0, i1) of one head, for phases 1 and 3.
+  struct RowTask {
+    int64_t b, h, i0, i1;
+  };
+  static RowTask row_task(const Problem& p, int64_t task) {
+    const int64_t per_head = (p.Sq + kRowsPerTask - 1) / kRowsPerTask, head = task / per_head;
+    const int64_t i0 = task % per_head * kRowsPerTask;
+    return {head / p.Hq, head % p.Hq, i0, least(p.Sq, i0 + kRowsPerTask)};
+  }
+
+  // ---- phase 1 ------------------------------------------------------------------------------------------------------
+
+  static void prepare(const Problem& p, int64_t task, void*) {
+    const RowTask t = row_task(p, task);
+    Workspace w;
+    carve(p, static_cast<char*>(p.workspace), &w);
+    const int64_t row = (t.b * p.Hq + t.h) * p.Sq;
+    const C* lse = static_cast<const C*>(p.lse) + row;
+    for (int64_t i = t.i0; i < t.i1; ++i) {
+      const S* g = static_cast<const S*>(p.dout.data) + t.b * p.dout.stride[0] + t.h * p.dout.stride[1] + i * p.dout.stride[2];
+      const S* o = static_cast<const S*>(p.out.data) + t.b * p.out.stride[0] + t.h * p.out.stride[1] + i * p.out.stride[2];
+      const int64_t whole = p.dout.stride[3] == 1 && p.out.stride[3] == 1 ? p.Dv / n * n : 0;
+      Vec<C> lanes = {};
+      for (int64_t d = 0; d < whole; d += n) lanes += load_as(g + d, C()) * load_as(o + d, C());
+      C delta = sum_lanes<C>(lanes);
+      for (int64_t d = whole; d < p.Dv; ++d)
+        delta += C(to_compute(g[d * p.dout.stride[3]])) * C(to_compute(o[d * p.out.stride[3]]));
+      if (p.dlse.data)
+        delta -= static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
+      // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
+      const bool dead = lse[i] == -kInfinity<C>;
+      w.delta[row + i] = dead ? C(0) : delta;
+      w.lse[row + i] = dead ? kInfinity<C> : lse[i] * C(kLog2e);
+    }
+  }
+
+  // ---- phase 2 ------------------------------------------------------------------------------------------------------
+
+  struct Scratch {
+    C *kt, *vt, *k;      // K^T scale log2(e) and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
+    C *dk, *dv;          // [kKeys][D]
+    C *q, *dout;         // [kQueries][D]
+    C *p, *ds;           // [kQueries][kKeys]
+    C *bias, *mask;      // [kQueries][panel]
+  };
+  static size_t carve(const Problem& p, char* base, Scratch* s) {
+    const int64_t panel = kVectors * n, keys = least(kKeys, padded(p.Sk)), queries = least(kQueries, p.Sq);
+    Carver carve{base};
+    s->kt = carve.take<C>(p.D * keys);
+    s->vt = carve.take<C>(p.Dv * keys);
+    s->k = carve.take<C>(keys * padded(p.D));
+    s->dk = carve.take<C>(keys * padded(p.D));
+    s->dv = carve.take<C>(keys * padded(p.Dv));
+    s->q = carve.take<C>(queries * padded(p.D));
+    s->dout = carve.take<C>(queries * padded(p.Dv));
+    s->p = carve.take<C>(queries * keys);
+    s->ds = carve.take<C>(queries * keys);
+    s->bias = p.bias.data ? carve.take<C>(queries * panel) : nullptr;
+    s->mask = p.mask.data ? carve.take<C>(queries * panel) : nullptr;
+    return carve.size;
+  }
+
+  // The first groups come first: under a causal mask their keys are seen by the most queries.
+  static void run(const Problem& p, int64_t task, void* scratch) {
+    const int64_t batches = sums_batch(p) ? 1 : p.B, heads = sums_heads(p) ? 1 : p.Hk;
+    const int64_t group = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
+    Workspace w;
+    Scratch s;
+    carve(p, static_cast<char*>(p.workspace), &w);
+    carve(p, static_cast<char*>(scratch), &s);
+    for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
+      for (int64_t hk = h0; hk < (sums_heads(p) ? p.Hk : h0 + 1); ++hk)
+        Backward{p, Band(p, b), w, s, b, hk, group}.run_group();
+  }
+
+  const Problem& p;
+  const Band band;
+  const Workspace w;
+  const Scratch s;
+  const int64_t b, hk, group;
+
+  int64_t heads_per_group() const { return p.Hq / p.Hk; }
+  int64_t lanes_k() const { return least(kKeys, padded(p.Sk)); }
+
+  template <class T = const S>
+  T* at(const View& view, int64_t head, int64_t row) const {
+    return static_cast<T*>(view.data) + b * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+  }
+
+  struct Rows {
+    C* data;
+    int64_t stride;
+  };
+  static Rows dq_rows(const Problem& p, const Workspace& w, int64_t group, int64_t b, int64_t h) {
+    if (dq_in_place(p) && group == 0)
+      return {static_cast<C*>(p.dq.data) + b * p.dq.stride[0] + h * p.dq.stride[1], p.dq.stride[2]};
+    const int64_t part = group - dq_in_place(p);
+    return {w.dq + ((part * p.B + b) * p.Hq + h) * p.Sq * padded(p.D), padded(p.D)};
+  }
+
+  void run_group() const {
+    const int64_t per_group = blocks_per_group(p, band.keys);
+    const bool last_group = group == task_groups(p) - 1;
+    const bool careful = !inputs_are_finite();
+    if (group < groups(p, band.keys))
+      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
+        const Rows dq = dq_rows(p, w, group, b, h);
+        for (int64_t i = 0; i < p.Sq; ++i)
+          for (int64_t d = 0; d < padded(p.D); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
+      }
+    // Keys past the sequence's end belong to the last group: their gradients are zero.
+    const int64_t first = group * per_group * kKeys;
+    const int64_t end = last_group ? p.Sk : least(p.Sk, (group + 1) * per_group * kKeys);
+    for (int64_t j0 = first; j0 < end; j0 += kKeys) run_key_block(j0, least(j0 + kKeys, end), careful);
+  }
+
+  // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
+  bool inputs_are_finite() const {
+    bool finite = all_finite<C>(at(p.k, hk, 0), p.k.stride[2], p.k.stride[3], band.keys, p.D) &&
+                  all_finite<C>(at(p.v, hk, 0), p.v.stride[2], p.v.stride[3], band.keys, p.Dv);
+    for (int64_t h = hk * heads_per_group(); finite && h < (hk + 1) * heads_per_group(); ++h)
+      finite = all_finite<C>(at(p.q, h, 0), p.q.stride[2], p.q.stride[3], p.Sq, p.D) &&
+               all_finite<C>(at(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], p.Sq, p.Dv);
+    return finite;
+  }
+
+  template <class F>
+  HEEDFUL_FN static void for_each_panel(int64_t lanes, F f) {
+    int64_t l = 0;
+    for (; l + kVectors * n <= lanes; l += kVectors * n) f(l, Constant<kVectors>{});
+    for (; l < lanes; l += n) f(l, Constant<1>{});
+  }
+
+  void run_key_block(int64_t j0, int64_t block_end, bool careful) const {
+    const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
+    const int64_t dk_stride = padded(p.D), dv_stride = padded(p.Dv);
+    for (int64_t x = 0; x < (block_end - j0) * dk_stride; ++x) s.dk[x] = 0;
+    for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
+    const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
+    if (first < end) {
+      pack_keys(j0, keys);
+      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
+        for (int64_t i0 = first; i0 < end; i0 += kQueries) run_tile(Tile{b, h, i0, least(i0 + kQueries, end), j0, j1}, careful);
+    }
+    store_rows<C>(at<S>(p.dk, hk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D, C(p.scale));
+    store_rows<C>(at<S>(p.dv, hk, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
+  }
+
+  void pack_keys(int64_t j0, int64_t keys) const {
+    const S *k = at(p.k, hk, j0), *v = at(p.v, hk, j0);
+    for_each_panel(padded(keys), [&](int64_t l, auto vectors) {
+      const int64_t width = vectors.value * n, present = least(keys - l, width);
+      load_tile<C>(s.kt + l * p.D, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width,
+                   C(p.scale * kLog2e));
+      load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present,
+                   width, C(1));
+    });
+    load_tile<C>(s.k, padded(p.D), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded(p.D), C(p.scale));
+  }
+
+  void run_tile(const Tile& t, bool careful) const {
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
+    const int64_t d = padded(p.D), dv = padded(p.Dv);
+    load_tile<C>(s.q, d, Source<S>{at(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]}, queries, p.D, d, C(1));
+    load_tile<C>(s.dout, dv, Source<S>{at(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv, dv, C(1));
+    for_each_panel(padded(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
+
+    const Rows dq = dq_rows(p, w, group, b, t.h);
+    C* dq_tile = dq.data + t.i0 * dq.stride;
+    if (careful) return multiply_carefully(t, dq_tile, dq.stride);
+    const QueriesThatSee seers{band, t};
+    const KeysSeen seen{band, t};
+    multiply<Start::add, C, Unit::row>({s.p, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dout, seers);
+    multiply<Start::add, C, Unit::row>({s.ds, stride}, 0, keys, s.q, d, s.dk, d, d, s.q, seers);
+    multiply<Start::add, C, Unit::k>({s.ds, stride}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.k, seen);
+  }
+
+  // P and dS of one panel of keys; zero where no pair is left.
+  template <int kN>
+  HEEDFUL_FN void score_panel(const Tile& t, int64_t l, bool careful) const {
+    constexpr int width = kN * n;
+    const int64_t stride = lanes_k(), queries = t.i1 - t.i0;
+    const int64_t ja = t.j0 + l, jb = least<int64_t>(t.j1, ja + width);
+    const int64_t ia = clamp(band.first_query(ja), t.i0, t.i1), ib = clamp(band.end_query(jb - 1), ia, t.i1);
+    C *prob = s.p + l, *grad = s.ds + l;
+    const Vec<C> absent = broadcast<C>(careful ? C(-1) : C(0));
+    const auto clear = [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r)
+        for (int v = 0; v < kN; ++v) {
+          store(prob + r * stride + v * n, absent);
+          store(grad + r * stride + v * n, Vec<C>{});
+        }
+    };
+    clear(0, ia - t.i0);
+    clear(ib - t.i0, queries);
+    if (ia >= ib) return;
+
+    const Tile panel{t.b, t.h, ia, ib, ja, jb};
+    const int64_t r0 = ia - t.i0, r1 = ib - t.i0, d = padded(p.D), dv = padded(p.Dv);
+    multiply<Start::zero, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q, WholeSum{p.D});
+    multiply<Start::zero, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
+                                      WholeSum{p.Dv});
+    const bool plain = is_plain(p, band, panel);
+    if (!plain)
+      apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
+    const int64_t row = (b * p.Hq + t.h) * p.Sq + t.i0;
+    if (plain && !careful)
+      gradients<kN, false>(prob, grad, r0, r1, w.lse + row, w.delta + row, absent);
+    else
+      gradients<kN, true>(prob, grad, r0, r1, w.lse + row, w.delta + row, absent);
+    if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
+  }
+
+  template <int kN, bool masked>
+  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const C* lse, const C* delta, Vec<C> absent) const {
+    const int64_t stride = lanes_k();
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    for (int64_t r = r0; r < r1; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kN; ++v) {
+        C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
+        const Vec<C> score = load(x);
+        Vec<C> probability = masked ? exp2_or_zero<C>(score - lse[r]) : exp2<C>(score - lse[r]);
+        Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(delta[r]));
+        if (masked) {
+          probability = select(score == minus_infinity, absent, probability);
+          gradient = select(score == minus_infinity, Vec<C>{}, gradient);
+        }
+        store(x, probability);
+        store(y, gradient);
+      }
+  }
+
+  // d(bias) += dS over the tile; a stride of 0 sums along that dimension.
+  void add_to_bias(const Tile& t, const C* grad) const {
+    const int64_t stride = lanes_k(), keys = t.j1 - t.j0, whole = keys / n * n;
+    for (int64_t i = t.i0; i < t.i1; ++i, grad += stride) {
+      C* to = at<C>(p.dbias, t.h, i) + t.j0 * p.dbias.stride[3];
+      if (p.dbias.stride[3] == 0) {
+        Vec<C> sum = {};
+        for (int64_t j = 0; j < whole; j += n) sum = add_bias_gradient(sum, load(grad + j));
+        C rest = 0;
+        for (int64_t j = whole; j < keys; ++j) rest = add_bias_gradient(rest, grad[j]);
+        *to += sum_lanes<C>(sum) + rest;
+      } else {
+        for (int64_t j = 0; j < whole; j += n) store(to + j, add_bias_gradient(load(to + j), load(grad + j)));
+        for (int64_t j = whole; j < keys; ++j) to[j] = add_bias_gradient(to[j], grad[j]);
+      }
+    }
+  }
+
+  // The three products pair by pair, leaving absent pairs (P = -1) out.
+  void multiply_carefully(const Tile& t, C* dq, int64_t dq_stride) const {
+    const int64_t stride = lanes_k(), dk = padded(p.D), dv = padded(p.Dv);
+    for (int64_t i = 0; i < t.i1 - t.i0; ++i)
+      for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
+        const C prob = s.p[i * stride + j], grad = s.ds[i * stride + j];
+        if (prob < 0) continue;
+        for (int64_t x = 0; x < dv; x += n) store(s.dv + j * dv + x, load(s.dv + j * dv + x) + prob * load(s.dout + i * dv + x));
+        for (int64_t x = 0; x < dk; x += n) {
+          store(s.dk + j * dk + x, load(s.dk + j * dk + x) + grad * load(s.q + i * dk + x));
+          store(dq + i * dq_stride + x, load(dq + i * dq_stride + x) + grad * load(s.k + j * dk + x));
+        }
+      }
+  }
+
+  // ---- phase 3 ------------------------------------------------------------------------------------------------------
+
+  static void finish(const Problem& p, int64_t task, void*) {
+    const RowTask t = row_task(p, task);
+    Workspace w;
+    carve(p, static_cast<char*>(p.workspace), &w);
+    const int64_t parts = groups(p, Band(p, t.b).keys);
+    const Rows sum = dq_rows(p, w, 0, t.b, t.h);
+    for (int64_t part = 1; part < parts; ++part) {
+      const Rows more = dq_rows(p, w, part, t.b, t.h);
+      for (int64_t i = t.i0; i < t.i1; ++i)
+        for (int64_t d = 0; d < padded(p.D); d += n) {
+          C* to = sum.data + i * sum.stride + d;
+          store(to, load(to) + load(more.data + i * more.stride + d));
+        }
+    }
+    if (!dq_in_place(p))
+      store_rows<C>(static_cast<S*>(p.dq.data) + t.b * p.dq.stride[0] + t.h * p.dq.stride[1] + t.i0 * p.dq.stride[2],
+                    p.dq.stride[2], sum.data + t.i0 * sum.stride, sum.stride, t.i1 - t.i0, p.D, C(1));
+  }
+};
+
+}  // namespace heedful::HEEDFUL_TARGET

@@ -1,0 +1,236 @@
+// Attention forward. A task is one block of queries of one head; the block's queries lie in vector lanes, so that maximum,
+// sum and masks are vertical and K and V are read where they lie, an element broadcast at a time:
+//
+//   S^T[key][query]  = sum_d   K[key][d]  * Q^T[d][query]       Q^T packed once, times scale * log2(e)
+//   O^T[d][query]   += sum_key V[key][d]  * P^T[key][query]     rescaled to the running maximum as it is loaded
+//
+// The block's lanes are split into panels of kVectors vectors (the last ones of a single vector); a panel keeps its own
+// state and goes over a key block on its own, while the key block stays in the cache for all of them.
+#pragma once
+
+#include "kernels.h"
+#include "microkernel.h"
+#include "scores.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+template <class S>
+struct Forward {
+  using C = Compute<S>;
+  static constexpr int n = kLanes<C>;
+  // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache.
+  static constexpr int64_t kQueries = 64, kKeys = 128;
+
+  struct Scratch {
+    C *q, *out, *maximum, *sum, *scores, *k, *v, *bias, *mask;
+  };
+  // A null base only measures.
+  static size_t carve(const Problem& p, char* base, Scratch* s) {
+    const int64_t panel = kVectors * n, lanes = most<int64_t>(kQueries, n), keys = least(kKeys, p.Sk);
+    Carver carve{base};
+    s->q = carve.take<C>(p.D * lanes);
+    s->out = carve.take<C>(p.Dv * lanes);
+    s->maximum = carve.take<C>(lanes);
+    s->sum = carve.take<C>(lanes);
+    s->scores = carve.take<C>(keys * panel);
+    s->k = in_place(p.k, p.D) ? nullptr : carve.take<C>(keys * padded(p.D));
+    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded(p.Dv));
+    s->bias = p.bias.data ? carve.take<C>(keys * panel) : nullptr;
+    s->mask = p.mask.data ? carve.take<C>(keys * panel) : nullptr;
+    return carve.size;
+  }
+  static int64_t padded(int64_t x) { return (x + n - 1) / n * n; }
+
+  // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
+  static bool in_place(const View& view, int64_t dim) {
+    return sizeof(S) == sizeof(C) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
+  }
+
+  static int64_t blocks(const Problem& p) { return (p.Sq + kQueries - 1) / kQueries; }
+
+  static void plan(const Problem& p, Plan* plan) {
+    Scratch s;
+    plan->phases[0] = {p.B * p.Hq * blocks(p), &run};
+    plan->phase_count = 1;
+    plan->scratch_bytes = carve(p, nullptr, &s);
+    plan->workspace_bytes = 0;
+  }
+
+  // The last block of a head comes first: under a causal mask it has the most keys.
+  static void run(const Problem& p, int64_t task, void* scratch) {
+    const int64_t per_head = blocks(p), head = task / per_head, block = per_head - 1 - task % per_head;
+    Scratch s;
+    carve(p, static_cast<char*>(scratch), &s);
+    const Forward f{p, Band(p, head / p.Hq), s, head / p.Hq, head % p.Hq, block * kQueries,
+                    least(p.Sq, (block + 1) * kQueries)};
+    f.load_queries();
+    f.attend(false);
+    // A masked V_j is multiplied by a probability of 0, which lets infinities and NaNs through. They show in the result
+    // and are rare: only then is the block done again, leaving masked pairs out one by one.
+    if (!f.result_is_finite()) f.attend(true);
+    f.store_result();
+  }
+
+  const Problem& p;
+  const Band band;
+  const Scratch s;
+  const int64_t b, h, i0, i1;
+
+  int64_t kv_head() const { return h / (p.Hq / p.Hk); }
+  int64_t lanes() const { return padded(i1 - i0); }
+
+  // f(lane, kN): panels of kVectors vectors, then of one.
+  template <class F>
+  HEEDFUL_FN void for_each_panel(F f) const {
+    int64_t l = 0;
+    for (; l + kVectors * n <= lanes(); l += kVectors * n) f(l, Constant<kVectors>{});
+    for (; l < lanes(); l += n) f(l, Constant<1>{});
+  }
+
+  void load_queries() const {
+    const S* q = static_cast<const S*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1];
+    for_each_panel([&](int64_t l, auto vectors) {
+      const int64_t width = vectors.value * n, i = i0 + l;
+      load_tile<C>(s.q + l * p.D, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D,
+                   least(i1 - i, width), width, C(p.scale * kLog2e));
+    });
+  }
+
+  // Keys [j0, j1) as rows of the compute type.
+  struct Rows {
+    const C* data;
+    int64_t stride;
+  };
+  Rows rows(const View& view, C* packed, int64_t dim, int64_t j0, int64_t j1) const {
+    const S* data = static_cast<const S*>(view.data) + b * view.stride[0] + kv_head() * view.stride[1] +
+                    j0 * view.stride[2];
+    if constexpr (sizeof(S) == sizeof(C))
+      if (!packed) return {data, view.stride[2]};
+    load_tile<C>(packed, padded(dim), Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, padded(dim), C(1));
+    return {packed, padded(dim)};
+  }
+
+  void attend(bool careful) const {
+    for (int64_t l = 0; l < lanes() * p.Dv; ++l) s.out[l] = 0;
+    for (int64_t l = 0; l < lanes(); ++l) {
+      s.maximum[l] = -kInfinity<C>;
+      s.sum[l] = 0;
+    }
+    const int64_t last = least(i1, band.queries) - 1;
+    if (last < i0) return;
+    const int64_t first_key = band.first_key(i0), end_key = band.end_key(last);
+    for (int64_t j0 = first_key; j0 < end_key; j0 += kKeys) {
+      const int64_t j1 = least(j0 + kKeys, end_key);
+      const Rows k = rows(p.k, s.k, p.D, j0, j1), v = rows(p.v, s.v, p.Dv, j0, j1);
+      for_each_panel([&](int64_t l, auto vectors) {
+        const int64_t i = i0 + l, end = least(i1, i + vectors.value * n), seen = least(end, band.queries);
+        if (seen <= i) return;
+        const Tile tile{b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(seen - 1))};
+        if (tile.j0 >= tile.j1) return;
+        attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
+                                    v.data + (tile.j0 - j0) * v.stride, v.stride, careful);
+      });
+    }
+  }
+
+  // One panel of queries over the keys of a tile.
+  template <int kN>
+  HEEDFUL_FN void attend_panel(const Tile& tile, int64_t l, const C* k, int64_t k_stride, const C* v, int64_t v_stride,
+                               bool careful) const {
+    constexpr int width = kN * n;
+    const int64_t keys = tile.j1 - tile.j0;
+    multiply<Start::zero, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * p.D, width, s.scores, width, width, s.scores,
+                                      WholeSum{p.D});
+    const bool plain = is_plain(p, band, tile);
+    if (!plain)
+      apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
+    alignas(64) C rescale[width];
+    if (careful)
+      probabilities<kN, true, true>(keys, l, rescale);
+    else if (plain)
+      probabilities<kN, false, false>(keys, l, rescale);
+    else
+      probabilities<kN, true, false>(keys, l, rescale);
+    C* out = s.out + l * p.Dv;
+    if (careful)
+      add_values_carefully<kN>(keys, v, v_stride, out, rescale);
+    else
+      multiply<Start::scaled, C, Unit::row>({v, v_stride}, 0, p.Dv, s.scores, width, out, width, width, rescale,
+                                            WholeSum{keys});
+  }
+
+  // Scores become probabilities relative to the new maximum; `rescale` takes earlier ones to it. With `mark`, absent
+  // pairs get -1 instead of 0.
+  template <int kN, bool masked, bool mark>
+  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, C* rescale) const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    Vec<C> reference[kN], sum[kN], top[kN];
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) top[v] = load(s.maximum + l + v * n);
+    for (int64_t j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) {
+      reference[v] = softmax_reference(top[v], minus_infinity);
+      const Vec<C> factor = exp2_or_zero<C>(load(s.maximum + l + v * n) - reference[v]);
+      store(s.maximum + l + v * n, top[v]);
+      store(rescale + v * n, factor);
+      sum[v] = load(s.sum + l + v * n) * factor;
+    }
+    for (int64_t j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kN; ++v) {
+        C* score = s.scores + (j * kN + v) * n;
+        const Vec<C> x = load(score);
+        const Vec<C> y = masked ? exp2_or_zero<C>(x - reference[v]) : exp2<C>(x - reference[v]);
+        sum[v] += y;
+        store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, sum[v]);
+  }
+
+  template <int kN>
+  HEEDFUL_FN void add_values_carefully(int64_t keys, const C* v, int64_t v_stride, C* out, const C* rescale) const {
+    for (int64_t d = 0; d < p.Dv; ++d)
+      for (int x = 0; x < kN; ++x) {
+        Vec<C> sum = load(out + (d * kN + x) * n) * load(rescale + x * n);
+        for (int64_t j = 0; j < keys; ++j) {
+          const Vec<C> y = load(s.scores + (j * kN + x) * n);
+          sum += select(y < Vec<C>{}, Vec<C>{}, y * broadcast<C>(v[j * v_stride + d]));
+        }
+        store(out + (d * kN + x) * n, sum);
+      }
+  }
+
+  bool result_is_finite() const {
+    return all_finite<C, C>(s.out, lanes(), 1, p.Dv, lanes()) && all_finite<C, C>(s.sum, 0, 1, 1, lanes());
+  }
+
+  // out = O / sum, transposed to rows; lse = ln(2) * (maximum + log2(sum)). A row without scores is 0 and -inf.
+  void store_result() const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    S* out = static_cast<S*>(p.out.data) + b * p.out.stride[0] + h * p.out.stride[1];
+    C* lse = static_cast<C*>(p.lse) + (b * p.Hq + h) * p.Sq;
+    for_each_panel([&](int64_t l, auto vectors) {
+      constexpr int kN = decltype(vectors)::value;
+      const int64_t i = i0 + l, present = least<int64_t>(i1 - i, kN * n);
+      alignas(64) C row[kN * n];
+      for (int v = 0; v < kN; ++v) {
+        const Vec<C> sum = load(s.sum + l + v * n), top = load(s.maximum + l + v * n);
+        // A NaN among the scores shows in the sum alone. Lone scores of -inf left a little in it where none was masked.
+        const Vec<Int<C>> dead = (top == minus_infinity) & (sum == sum);
+        const Vec<C> inverse = select(dead, Vec<C>{}, C(1) / sum);
+        const Vec<C> whole = (softmax_reference(top, minus_infinity) + log2<C>(sum)) * C(kLn2);
+        store(row + v * n, select(dead, minus_infinity, whole));
+        C* o = s.out + l * p.Dv + v * n;
+        for (int64_t d = 0; d < p.Dv; ++d) store(o + d * kN * n, load(o + d * kN * n) * inverse);
+      }
+      for (int64_t r = 0; r < present; ++r) lse[i + r] = row[r];
+      store_transposed<C>(out + i * p.out.stride[2], p.out.stride[2], s.out + l * p.Dv, kN * n, p.Dv, present);
+    });
+  }
+};
+
+}  // namespace heedful::HEEDFUL_TARGET

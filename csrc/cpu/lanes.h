@@ -1,0 +1,308 @@
+// Vectors of this instruction set, by the compiler's vector extensions, and the few functions that kernels need on them.
+// HEEDFUL_VECTOR_BYTES and HEEDFUL_VECTOR_REGISTERS are set by isa/*.cpp. Nothing here calls a math library.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+#include "../score/target.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace heedful::HEEDFUL_TARGET {
+
+template <class T, int kBytes = HEEDFUL_VECTOR_BYTES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = HEEDFUL_VECTOR_BYTES / sizeof(T);
+
+// What a lane comparison gives: all ones or all zeros, in integers as wide as T.
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Int = typename IntOf<T>::type;
+
+// How elements lie in memory, and the type they are computed in.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Hands out aligned pieces of one buffer; with a null base it only measures.
+struct Carver {
+  char* base;
+  size_t size = 0;
+  template <class T>
+  HEEDFUL_FN T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + size) : nullptr;
+    size += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+template <class T>
+HEEDFUL_FN T least(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+HEEDFUL_FN T most(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+HEEDFUL_FN Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+HEEDFUL_FN void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+HEEDFUL_FN Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+HEEDFUL_FN Vec<T> iota() {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+template <class M, class V>
+HEEDFUL_FN V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+// b where a is NaN.
+template <class V>
+HEEDFUL_FN V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+HEEDFUL_FN bool any(V mask) {
+  using T = decltype(mask[0] + 0);
+  T bits = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); ++i) bits |= mask[i];
+  return bits != 0;
+}
+// The sum of all lanes, in a fixed order.
+template <class T>
+HEEDFUL_FN T sum_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+// All ones where a lane is infinite or NaN.
+template <class T>
+HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
+  return ~(v - v == Vec<T>{});
+}
+
+// ---- exp2 and log2 -------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (or NaN, which stays NaN); 0 below the normal range. exp2 is x = n + r with |r| <= 1/2, a polynomial in
+// r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low bits.
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr float kLowest = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 5;
+  // Relative error 2.1e-7 on [-1/2, 1/2].
+  static constexpr float kPolynomial[kDegree + 1] = {1.0000001f,   0.69314694f,  0.2402212f,
+                                                     0.055507135f, 0.009675541f, 0.0013276467f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double kLowest = -1022.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
+  // ln(2)^k / k!; the first term left out is 2^-14 ln(2)^14 / 14! = 4e-18.
+  static constexpr double kPolynomial[kDegree + 1] = {
+      1.00000000000000000000e+0, 6.93147180559945309417e-1, 2.40226506959100712334e-1, 5.55041086648215799531e-2,
+      9.61812910762847716198e-3, 1.33335581464284434234e-3, 1.54035303933816099544e-4, 1.52527338040598402800e-5,
+      1.32154867901443094884e-6, 1.01780860092396997275e-7, 7.05491162080112332988e-9, 4.44553827187081149760e-10,
+      2.56784359934882051420e-11, 1.36914888539041288809e-12};
+};
+
+template <class T>
+HEEDFUL_FN Vec<T> exp2(Vec<T> x) {
+  using E = Exp2<T>;
+  const Vec<T> low = broadcast<T>(E::kLowest), round = broadcast<T>(E::kRound);
+  x = low > x ? low : x;
+  const Vec<T> shifted = x + round;
+  const Vec<T> r = x - (shifted - round);
+  Vec<T> y = broadcast<T>(E::kPolynomial[E::kDegree]);
+#pragma GCC unroll 16
+  for (int k = E::kDegree - 1; k >= 0; --k) y = y * r + broadcast<T>(E::kPolynomial[k]);
+  const Vec<Int<T>> exponent = ((Vec<Int<T>>)shifted + E::kBias) << E::kMantissa;
+  return y * (Vec<T>)exponent;  // a product, so that NaN stays NaN
+}
+// The same, but exactly 0 below the normal range.
+template <class T>
+HEEDFUL_FN Vec<T> exp2_or_zero(Vec<T> x) {
+  return select(x < broadcast<T>(Exp2<T>::kLowest), Vec<T>{}, exp2<T>(x));
+}
+
+// log2 of normal positive numbers (infinity and NaN stay). x = 2^n * y with y in [sqrt(1/2), sqrt(2));
+// log(y) = 2 atanh(t), t = (y - 1) / (y + 1), |t| <= 0.1716.
+template <class T>
+HEEDFUL_FN Vec<T> log2(Vec<T> x) {
+  using E = Exp2<T>;
+  const Vec<Int<T>> bits = (Vec<Int<T>>)x;
+  // Subtracting the bits of sqrt(1/2) carries into the exponent exactly where the mantissa is past sqrt(2).
+  const Vec<Int<T>> half_root = (Vec<Int<T>>)broadcast<T>(T(0.70710678118654752));
+  const Vec<Int<T>> n = (bits - half_root) >> E::kMantissa;
+  const Vec<T> y = (Vec<T>)(bits - (n << E::kMantissa));
+  const Vec<T> t = (y - T(1)) / (y + T(1)), t2 = t * t;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;  // t^(2 kTerms) / (2 kTerms + 1) is below half an ulp
+  Vec<T> sum = broadcast<T>(T(1) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) sum = sum * t2 + broadcast<T>(T(1) / (2 * k + 1));
+  const Vec<T> result = __builtin_convertvector(n, Vec<T>) + t * sum * T(2.8853900817779268);  // 2 / ln(2)
+  return select(not_finite<T>(x), x, result);
+}
+
+// ---- storage <-> compute type -------------------------------------------------------------------------------------
+
+// Bits of a vector's worth of 16-bit elements, widened.
+HEEDFUL_FN Vec<int32_t> load_bits(const void* p) {
+  typename VectorOf<uint16_t, HEEDFUL_VECTOR_BYTES / 2>::type bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, Vec<int32_t>);
+}
+
+HEEDFUL_FN Vec<float> load_as(const float* p, float) { return load(p); }
+HEEDFUL_FN Vec<double> load_as(const double* p, double) { return load(p); }
+HEEDFUL_FN Vec<double> load_as(const float* p, double) {
+  typename VectorOf<float, HEEDFUL_VECTOR_BYTES / 2>::type v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+HEEDFUL_FN Vec<float> load_as(const BFloat16* p, float) { return (Vec<float>)(load_bits(p) << 16); }
+HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
+#if defined(__F16C__)
+  typedef float Eight __attribute__((vector_size(32)));
+  union {
+    Vec<float> whole;
+    Eight parts[sizeof(Vec<float>) / 32];
+  } result;
+  for (unsigned i = 0; i < sizeof(Vec<float>) / 32; ++i)
+    result.parts[i] = (Eight)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
+  return result.whole;
+#else
+  // Exponents move from bias 15 to 127 by a product with 2^112, which makes subnormals normal; 31 means infinity or NaN.
+  const Vec<int32_t> bits = load_bits(p), magnitude = (bits & 0x7fff) << 13;
+  const Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
+  const Vec<int32_t> special = (bits & 0x7c00) == 0x7c00;
+  const Vec<int32_t> sign = (bits & 0x8000) << 16;
+  return (Vec<float>)(sign | select(special, magnitude | 0x7f800000, (Vec<int32_t>)scaled));
+#endif
+}
+template <class C>
+HEEDFUL_FN Vec<C> load_as(const bool* p, C) {
+  typename VectorOf<uint8_t, kLanes<C>>::type bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Vec<C>);
+}
+
+// One element, for edges.
+HEEDFUL_FN float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+HEEDFUL_FN uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+HEEDFUL_FN float to_compute(float x) { return x; }
+HEEDFUL_FN double to_compute(double x) { return x; }
+HEEDFUL_FN float to_compute(bool x) { return x; }
+HEEDFUL_FN float to_compute(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+HEEDFUL_FN float to_compute(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  if ((x.bits & 0x7c00) == 0x7c00) return bits_to_float(sign | magnitude | 0x7f800000);
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
+}
+
+HEEDFUL_FN void from_compute(float x, float* p) { *p = x; }
+HEEDFUL_FN void from_compute(double x, double* p) { *p = x; }
+// Round to nearest, ties to even.
+HEEDFUL_FN void from_compute(float x, BFloat16* p) {
+  const uint32_t bits = float_to_bits(x);
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+HEEDFUL_FN void from_compute(float x, Float16* p) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000) {
+    half = 0x7c00;  // rounds past 65504
+  } else if (magnitude < 0x38800000) {
+    // Subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits.
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  p->bits = uint16_t(sign | half);
+}
+
+HEEDFUL_FN void store_as(float* p, Vec<float> v) { store(p, v); }
+HEEDFUL_FN void store_as(double* p, Vec<double> v) { store(p, v); }
+HEEDFUL_FN void store_as(BFloat16* p, Vec<float> v) {
+  typedef typename VectorOf<uint32_t>::type Bits;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits result = (v != v) ? rounded * 0 + 0x7fc0 : rounded;
+  const auto narrow = __builtin_convertvector(result, typename VectorOf<uint16_t, HEEDFUL_VECTOR_BYTES / 2>::type);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
+#if defined(__F16C__)
+  typedef float Eight __attribute__((vector_size(32)));
+  union {
+    Vec<float> whole;
+    Eight parts[sizeof(Vec<float>) / 32];
+  } source = {v};
+  for (unsigned i = 0; i < sizeof(Vec<float>) / 32; ++i)
+    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)source.parts[i], _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) from_compute(v[i], p + i);
+#endif
+}
+
+}  // namespace heedful::HEEDFUL_TARGET

@@ -1,0 +1,97 @@
+// The one matrix kernel: C[m][n] (+)= sum_k A[m][k] * B[k][n], with n in lanes and A's elements broadcast.
+// A block of kRows x kVectors accumulators stays in registers for the whole sum.
+#pragma once
+
+#include "lanes.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// Accumulators + one row of B + one element of A fill the register file: 24 + 4 + 1 of 32, or 12 + 2 + 1 of 16. An FMA
+// takes 4 cycles and two start in each, so 8 accumulators would hide its latency.
+constexpr int kRows = 6;
+constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
+
+// Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
+enum class Unit { row, k };
+// What the accumulators start from: nothing, C, or C times one factor per lane.
+enum class Start { zero, add, scaled };
+
+template <class C, Unit unit>
+struct Operand {
+  const C* data;
+  int64_t stride;  // of the other index
+};
+
+template <int kM, int kN, Start start, class C, Unit unit>
+HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t k1, const C* b, int64_t b_stride, C* c,
+                              int64_t c_stride, const C* factor) {
+  constexpr int n = kLanes<C>;
+  Vec<C> sum[kM][kN];
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) {
+      if constexpr (start == Start::zero) sum[i][v] = Vec<C>{};
+      if constexpr (start == Start::add) sum[i][v] = load(c + (m + i) * c_stride + v * n);
+      if constexpr (start == Start::scaled) sum[i][v] = load(c + (m + i) * c_stride + v * n) * load(factor + v * n);
+    }
+  const C* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
+  const C* right = b + k0 * b_stride;
+  for (int64_t k = k0; k < k1; ++k) {
+    Vec<C> row[kN];
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+      const Vec<C> x = broadcast<C>(unit == Unit::k ? left[i * a.stride] : left[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kN; ++v) sum[i][v] += x * row[v];
+    }
+    left += unit == Unit::k ? 1 : a.stride;
+    right += b_stride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) store(c + (m + i) * c_stride + v * n, sum[i][v]);
+}
+
+// Rows [m0, m1) of C, kN vectors wide. Rows are dealt out evenly (tiles of 5 and 6 rather than of 6 and a rest), which
+// keeps every tile near the full number of accumulators.
+template <int kN, Start start, class C, Unit unit, class Range>
+HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
+                               int64_t c_stride, const C* factor, const Range& range) {
+  const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t m = m0 + (m1 - m0) * t / tiles, end = m0 + (m1 - m0) * (t + 1) / tiles;
+    const int64_t k0 = range.first(m, end), k1 = range.end(m, end);
+    switch (end - m) {
+      case 6: multiply_tile<6, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 5: multiply_tile<5, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 4: multiply_tile<4, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 3: multiply_tile<3, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 2: multiply_tile<2, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      default: multiply_tile<1, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+    }
+  }
+}
+
+// The sum's limits for a tile of rows [m, end): all of it, or what a mask leaves (scores.h).
+struct WholeSum {
+  int64_t count;
+  HEEDFUL_FN int64_t first(int64_t, int64_t) const { return 0; }
+  HEEDFUL_FN int64_t end(int64_t, int64_t) const { return count; }
+};
+
+// Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
+template <Start start, class C, Unit unit, class Range>
+HEEDFUL_CALLED void multiply(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
+                                        int64_t c_stride, int64_t lanes, const C* factor, const Range& range) {
+  constexpr int n = kLanes<C>;
+  int64_t l = 0;
+  for (; l + kVectors * n <= lanes; l += kVectors * n)
+    multiply_panel<kVectors, start>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+  for (; l < lanes; l += n) multiply_panel<1, start>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+}
+
+}  // namespace heedful::HEEDFUL_TARGET

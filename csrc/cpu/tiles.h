@@ -1,0 +1,140 @@
+// Moves tiles between memory, of any strides and storage type, and local rows of the compute type.
+#pragma once
+
+#include "lanes.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// ---- transposing a square of registers ------------------------------------------------------------------------------
+
+template <int... kLane>
+struct LaneList {};
+template <int kCount, int... kLane>
+struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct LanesUpTo<0, kLane...> {
+  using list = LaneList<kLane...>;
+};
+
+// Rows a = r and b = r + kStep trade the lanes that lie on the wrong side of the diagonal.
+template <class T, int kStep, int... kLane>
+HEEDFUL_FN void trade(Vec<T>& a, Vec<T>& b, LaneList<kLane...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? n + (kLane ^ kStep) : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? n + kLane : (kLane | kStep))...);
+  a = low;
+}
+
+template <class T, int kStep = 1>
+HEEDFUL_FN void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes<T>; ++r)
+      if (!(r & kStep)) trade<T, kStep>(rows[r], rows[r | kStep], typename LanesUpTo<kLanes<T>>::list{});
+    transpose<T, 2 * kStep>(rows);
+  }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+// Rows and lanes of a tile where it lies in memory.
+template <class S>
+struct Source {
+  const S* data;
+  int64_t row_stride, lane_stride;
+};
+
+// to[r * to_stride + l] = scale * from(r, l); lanes from `lanes` to `width`, a multiple of the vector, become zero.
+template <class C, class S>
+HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t lanes, int64_t width,
+                          C scale) {
+  constexpr int n = kLanes<C>;
+  const Vec<C> scales = broadcast<C>(scale);
+  const auto edge = [&](int64_t r0, int64_t r1, int64_t l0, int64_t l1) {
+    for (int64_t r = r0; r < r1; ++r)
+      for (int64_t l = l0; l < l1; ++l)
+        to[r * to_stride + l] =
+            l < lanes ? C(to_compute(from.data[r * from.row_stride + l * from.lane_stride])) * scale : C(0);
+  };
+  if (from.lane_stride == 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<C> x = broadcast<C>(C(to_compute(from.data[r * from.row_stride])) * scale);
+      for (int64_t l = 0; l < width; l += n) store(to + r * to_stride + l, x);
+    }
+  } else if (from.lane_stride == 1) {
+    const int64_t whole = lanes / n * n;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < whole; l += n)
+        store(to + r * to_stride + l, scales * load_as(from.data + r * from.row_stride + l, C()));
+    edge(0, rows, whole, width);
+  } else if (from.row_stride == 1) {
+    const int64_t whole_rows = rows / n * n;
+    for (int64_t l = 0; l < width; l += n) {
+      const int64_t present = clamp(lanes - l, 0, n);
+      for (int64_t r = 0; r < whole_rows; r += n) {
+        Vec<C> square[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i)
+          square[i] = i < present ? scales * load_as(from.data + r + (l + i) * from.lane_stride, C()) : Vec<C>{};
+        transpose<C>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(to + (r + i) * to_stride + l, square[i]);
+      }
+    }
+    edge(whole_rows, rows, 0, width);
+  } else {
+    edge(0, rows, 0, width);
+  }
+}
+
+// to[r * to_stride + l] = scale * from[r * from_stride + l] for l < lanes.
+template <class C, class S>
+HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows, int64_t lanes,
+                           C scale) {
+  constexpr int n = kLanes<C>;
+  const Vec<C> scales = broadcast<C>(scale);
+  const int64_t whole = lanes / n * n;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t l = 0; l < whole; l += n) store_as(to + r * to_stride + l, scales * load(from + r * from_stride + l));
+    for (int64_t l = whole; l < lanes; ++l) from_compute(scale * from[r * from_stride + l], to + r * to_stride + l);
+  }
+}
+
+// to[l * to_stride + r] = from[r * from_stride + l] for l < lanes: rows of `from` become contiguous in memory.
+template <class C, class S>
+HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows,
+                                 int64_t lanes) {
+  constexpr int n = kLanes<C>;
+  const int64_t whole_rows = rows / n * n;
+  for (int64_t l = 0; l < lanes; l += n) {
+    const int64_t present = least<int64_t>(lanes - l, n);
+    for (int64_t r = 0; r < whole_rows; r += n) {
+      Vec<C> square[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) square[i] = load(from + (r + i) * from_stride + l);
+      transpose<C>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i)
+        if (i < present) store_as(to + (l + i) * to_stride + r, square[i]);
+    }
+    for (int64_t i = 0; i < present; ++i)
+      for (int64_t r = whole_rows; r < rows; ++r) from_compute(from[r * from_stride + l + i], to + (l + i) * to_stride + r);
+  }
+}
+
+// Whether rows x lanes elements, lanes contiguous or not, are all finite.
+template <class C, class S>
+HEEDFUL_CALLED bool all_finite(const S* data, int64_t row_stride, int64_t lane_stride, int64_t rows, int64_t lanes) {
+  constexpr int n = kLanes<C>;
+  Vec<Int<C>> bad = {};
+  C edge = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* row = data + r * row_stride;
+    const int64_t whole = lane_stride == 1 ? lanes / n * n : 0;
+    for (int64_t l = 0; l < whole; l += n) bad |= not_finite<C>(load_as(row + l, C()));
+    for (int64_t l = whole; l < lanes; ++l) edge += C(to_compute(row[l * lane_stride])) * C(0);
+  }
+  return !any(bad) && edge == edge;
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
