@@ -274,9 +274,9 @@ struct Backward {
     if (careful) return multiply_carefully(t, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
-    multiply<Start::add, C, Unit::row>({s.p, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dout, seers);
-    multiply<Start::add, C, Unit::row>({s.ds, stride}, 0, keys, s.q, d, s.dk, d, d, s.q, seers);
-    multiply<Start::add, C, Unit::k>({s.ds, stride}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.k, seen);
+    multiply<Onto::c, C, Unit::row>({s.p, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dout, seers);
+    multiply<Onto::c, C, Unit::row>({s.ds, stride}, 0, keys, s.q, d, s.dk, d, d, s.q, seers);
+    multiply<Onto::c, C, Unit::k>({s.ds, stride}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.k, seen);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
@@ -301,8 +301,8 @@ struct Backward {
 
     const Tile panel{t.b, t.h, ia, ib, ja, jb};
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, d = padded(p.D), dv = padded(p.Dv);
-    multiply<Start::zero, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q, WholeSum{p.D});
-    multiply<Start::zero, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
+    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q, WholeSum{p.D});
+    multiply<Onto::nothing, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
                                       WholeSum{p.Dv});
     const bool plain = is_plain(p, band, panel);
     if (!plain)

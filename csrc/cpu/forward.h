@@ -139,7 +139,7 @@ struct Forward {
                                bool careful) const {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0;
-    multiply<Start::zero, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * p.D, width, s.scores, width, width, s.scores,
+    multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * p.D, width, s.scores, width, width, s.scores,
                                       WholeSum{p.D});
     const bool plain = is_plain(p, band, tile);
     if (!plain)
@@ -155,7 +155,7 @@ struct Forward {
     if (careful)
       add_values_carefully<kN>(keys, v, v_stride, out, rescale);
     else
-      multiply<Start::scaled, C, Unit::row>({v, v_stride}, 0, p.Dv, s.scores, width, out, width, width, rescale,
+      multiply<Onto::scaled_c, C, Unit::row>({v, v_stride}, 0, p.Dv, s.scores, width, out, width, width, rescale,
                                             WholeSum{keys});
   }
 
@@ -176,7 +176,7 @@ struct Forward {
       const Vec<C> factor = exp2_or_zero<C>(load(s.maximum + l + v * n) - reference[v]);
       store(s.maximum + l + v * n, top[v]);
       store(rescale + v * n, factor);
-      sum[v] = load(s.sum + l + v * n) * factor;
+      sum[v] = Vec<C>{};
     }
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
@@ -188,7 +188,7 @@ struct Forward {
         store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
       }
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, sum[v]);
+    for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);
   }
 
   template <int kN>
@@ -216,18 +216,18 @@ struct Forward {
     for_each_panel([&](int64_t l, auto vectors) {
       constexpr int kN = decltype(vectors)::value;
       const int64_t i = i0 + l, present = least<int64_t>(i1 - i, kN * n);
-      alignas(64) C row[kN * n];
+      alignas(64) C reference[kN * n], log[kN * n];
       for (int v = 0; v < kN; ++v) {
         const Vec<C> sum = load(s.sum + l + v * n), top = load(s.maximum + l + v * n);
         // A NaN among the scores shows in the sum alone. Lone scores of -inf left a little in it where none was masked.
         const Vec<Int<C>> dead = (top == minus_infinity) & (sum == sum);
         const Vec<C> inverse = select(dead, Vec<C>{}, C(1) / sum);
-        const Vec<C> whole = (softmax_reference(top, minus_infinity) + log2<C>(sum)) * C(kLn2);
-        store(row + v * n, select(dead, minus_infinity, whole));
+        store(reference + v * n, softmax_reference(top, minus_infinity));
+        store(log + v * n, select(dead, minus_infinity, log2<C>(sum)));
         C* o = s.out + l * p.Dv + v * n;
         for (int64_t d = 0; d < p.Dv; ++d) store(o + d * kN * n, load(o + d * kN * n) * inverse);
       }
-      for (int64_t r = 0; r < present; ++r) lse[i + r] = row[r];
+      for (int64_t r = 0; r < present; ++r) lse[i + r] = C((double(reference[r]) + double(log[r])) * kLn2);
       store_transposed<C>(out + i * p.out.stride[2], p.out.stride[2], s.out + l * p.Dv, kN * n, p.Dv, present);
     });
   }

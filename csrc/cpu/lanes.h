@@ -139,10 +139,10 @@ struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr float kLowest = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 5;
-  // Relative error 2.1e-7 on [-1/2, 1/2].
-  static constexpr float kPolynomial[kDegree + 1] = {1.0000001f,   0.69314694f,  0.2402212f,
-                                                     0.055507135f, 0.009675541f, 0.0013276467f};
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 6;
+  // Relative error 2.1e-8 on [-1/2, 1/2], below the rounding of the steps.
+  static constexpr float kPolynomial[kDegree + 1] = {1.0f,          0.693147242f,   0.240226522f,  0.0555031039f,
+                                                     0.00961769279f, 0.00134066434f, 0.000155946778f};
 };
 template <>
 struct Exp2<double> {

@@ -13,8 +13,9 @@ constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 // Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
 enum class Unit { row, k };
-// What the accumulators start from: nothing, C, or C times one factor per lane.
-enum class Start { zero, add, scaled };
+// What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long sum
+// that are added up lose far less to rounding than one long chain.
+enum class Onto { nothing, c, scaled_c };
 
 template <class C, Unit unit>
 struct Operand {
@@ -22,7 +23,7 @@ struct Operand {
   int64_t stride;  // of the other index
 };
 
-template <int kM, int kN, Start start, class C, Unit unit>
+template <int kM, int kN, Onto onto, class C, Unit unit>
 HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t k1, const C* b, int64_t b_stride, C* c,
                               int64_t c_stride, const C* factor) {
   constexpr int n = kLanes<C>;
@@ -30,11 +31,7 @@ HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) {
-      if constexpr (start == Start::zero) sum[i][v] = Vec<C>{};
-      if constexpr (start == Start::add) sum[i][v] = load(c + (m + i) * c_stride + v * n);
-      if constexpr (start == Start::scaled) sum[i][v] = load(c + (m + i) * c_stride + v * n) * load(factor + v * n);
-    }
+    for (int v = 0; v < kN; ++v) sum[i][v] = Vec<C>{};
   const C* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
   const C* right = b + k0 * b_stride;
   for (int64_t k = k0; k < k1; ++k) {
@@ -53,12 +50,17 @@ HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) store(c + (m + i) * c_stride + v * n, sum[i][v]);
+    for (int v = 0; v < kN; ++v) {
+      C* to = c + (m + i) * c_stride + v * n;
+      if constexpr (onto == Onto::c) sum[i][v] += load(to);
+      if constexpr (onto == Onto::scaled_c) sum[i][v] += load(to) * load(factor + v * n);
+      store(to, sum[i][v]);
+    }
 }
 
 // Rows [m0, m1) of C, kN vectors wide. Rows are dealt out evenly (tiles of 5 and 6 rather than of 6 and a rest), which
 // keeps every tile near the full number of accumulators.
-template <int kN, Start start, class C, Unit unit, class Range>
+template <int kN, Onto onto, class C, Unit unit, class Range>
 HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
                                int64_t c_stride, const C* factor, const Range& range) {
   const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
@@ -66,12 +68,12 @@ HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const
     const int64_t m = m0 + (m1 - m0) * t / tiles, end = m0 + (m1 - m0) * (t + 1) / tiles;
     const int64_t k0 = range.first(m, end), k1 = range.end(m, end);
     switch (end - m) {
-      case 6: multiply_tile<6, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 5: multiply_tile<5, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 4: multiply_tile<4, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 3: multiply_tile<3, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 2: multiply_tile<2, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      default: multiply_tile<1, kN, start>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 6: multiply_tile<6, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 5: multiply_tile<5, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 4: multiply_tile<4, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 3: multiply_tile<3, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 2: multiply_tile<2, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      default: multiply_tile<1, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
     }
   }
 }
@@ -84,14 +86,14 @@ struct WholeSum {
 };
 
 // Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
-template <Start start, class C, Unit unit, class Range>
+template <Onto onto, class C, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
                                         int64_t c_stride, int64_t lanes, const C* factor, const Range& range) {
   constexpr int n = kLanes<C>;
   int64_t l = 0;
   for (; l + kVectors * n <= lanes; l += kVectors * n)
-    multiply_panel<kVectors, start>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
-  for (; l < lanes; l += n) multiply_panel<1, start>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+    multiply_panel<kVectors, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+  for (; l < lanes; l += n) multiply_panel<1, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
