@@ -1,7 +1,7 @@
 // Attention backward, five products a tile. Keys lie in vector lanes and key blocks go outermost, so that dK and dV stay
 // local and nothing of the sequence's length is packed; masks and biases are read along their rows.
 //
-//   P[i][key]   = exp2(scale log2(e) * sum_d Q[i][d] K^T[d][key] - lse_i)     dV[key][d] += sum_i P[i][key]  dO[i][d]
+//   P[i][key]   = exp2(scale log2(e) sum_d Q[i][d] K^T[d][key] - lse_i)       dV[key][d] += sum_i P[i][key]  dO[i][d]
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
 //                                                                             dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in units of log2(e);  2. everything above, one task for each (key/value
@@ -75,15 +75,18 @@ struct Backward {
   // Whether the first group adds dQ up in the output itself.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0; }
 
+  // What the tiles need of a query. lse, in units of log2(e), is rounded; the probabilities' `weight` makes up for that.
+  struct RowState {
+    C lse, weight, delta;
+  };
   struct Workspace {
-    C *delta, *lse;  // [B, Hq, Sq]
+    RowState* rows;  // [B, Hq, Sq]
     C* dq;           // [groups, B, Hq, Sq, padded D], without the first where that is the output
   };
   static size_t carve(const Problem& p, char* base, Workspace* w) {
     const int64_t rows = p.B * p.Hq * p.Sq;
     Carver carve{base};
-    w->delta = carve.take<C>(rows);
-    w->lse = carve.take<C>(rows);
+    w->rows = carve.take<RowState>(rows);
     w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * rows * padded(p.D));
     return carve.size;
   }
@@ -133,15 +136,16 @@ struct Backward {
         delta -= static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;
-      w.delta[row + i] = dead ? C(0) : delta;
-      w.lse[row + i] = dead ? kInfinity<C> : lse[i] * C(kLog2e);
+      const double exact = double(lse[i]) * kLog2e;
+      const C rounded = C(exact);
+      w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{rounded, C(1 - (exact - rounded) * kLn2), delta};
     }
   }
 
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
-    C *kt, *vt, *k;      // K^T scale log2(e) and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
+    C *kt, *vt, *k;      // K^T and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
     C *dk, *dv;          // [kKeys][D]
     C *q, *dout;         // [kQueries][D]
     C *p, *ds;           // [kQueries][kKeys]
@@ -255,7 +259,7 @@ struct Backward {
     for_each_panel(padded(keys), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, present = least(keys - l, width);
       load_tile<C>(s.kt + l * p.D, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width,
-                   C(p.scale * kLog2e));
+                   C(1));
       load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present,
                    width, C(1));
     });
@@ -307,16 +311,18 @@ struct Backward {
     const bool plain = is_plain(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
-    const int64_t row = (b * p.Hq + t.h) * p.Sq + t.i0;
+    const RowState* state = w.rows + (b * p.Hq + t.h) * p.Sq + t.i0;
+    const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
     if (plain && !careful)
-      gradients<kN, false>(prob, grad, r0, r1, w.lse + row, w.delta + row, absent);
+      gradients<kN, false>(prob, grad, r0, r1, state, scale, absent);
     else
-      gradients<kN, true>(prob, grad, r0, r1, w.lse + row, w.delta + row, absent);
+      gradients<kN, true>(prob, grad, r0, r1, state, scale, absent);
     if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
   }
 
   template <int kN, bool masked>
-  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const C* lse, const C* delta, Vec<C> absent) const {
+  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState* state, Vec<C> scale,
+                            Vec<C> absent) const {
     const int64_t stride = lanes_k();
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     for (int64_t r = r0; r < r1; ++r)
@@ -324,8 +330,9 @@ struct Backward {
       for (int v = 0; v < kN; ++v) {
         C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
         const Vec<C> score = load(x);
-        Vec<C> probability = masked ? exp2_or_zero<C>(score - lse[r]) : exp2<C>(score - lse[r]);
-        Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(delta[r]));
+        const Vec<C> distance = score * scale - state[r].lse;
+        Vec<C> probability = (masked ? exp2_or_zero<C>(distance) : exp2<C>(distance)) * state[r].weight;
+        Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {
           probability = select(score == minus_infinity, absent, probability);
           gradient = select(score == minus_infinity, Vec<C>{}, gradient);

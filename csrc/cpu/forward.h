@@ -1,7 +1,7 @@
 // Attention forward. A task is one block of queries of one head; the block's queries lie in vector lanes, so that maximum,
 // sum and masks are vertical and K and V are read where they lie, an element broadcast at a time:
 //
-//   S^T[key][query]  = sum_d   K[key][d]  * Q^T[d][query]       Q^T packed once, times scale * log2(e)
+//   S^T[key][query]  = sum_d   K[key][d]  * Q^T[d][query]       Q^T packed once
 //   O^T[d][query]   += sum_key V[key][d]  * P^T[key][query]     rescaled to the running maximum as it is loaded
 //
 // The block's lanes are split into panels of kVectors vectors (the last ones of a single vector); a panel keeps its own
@@ -92,7 +92,7 @@ struct Forward {
     for_each_panel([&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, i = i0 + l;
       load_tile<C>(s.q + l * p.D, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D,
-                   least(i1 - i, width), width, C(p.scale * kLog2e));
+                   least(i1 - i, width), width, C(1));
     });
   }
 
@@ -145,12 +145,13 @@ struct Forward {
     if (!plain)
       apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
     alignas(64) C rescale[width];
+    const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
     if (careful)
-      probabilities<kN, true, true>(keys, l, rescale);
+      probabilities<kN, true, true>(keys, l, scale, rescale);
     else if (plain)
-      probabilities<kN, false, false>(keys, l, rescale);
+      probabilities<kN, false, false>(keys, l, scale, rescale);
     else
-      probabilities<kN, true, false>(keys, l, rescale);
+      probabilities<kN, true, false>(keys, l, scale, rescale);
     C* out = s.out + l * p.Dv;
     if (careful)
       add_values_carefully<kN>(keys, v, v_stride, out, rescale);
@@ -159,19 +160,20 @@ struct Forward {
                                             WholeSum{keys});
   }
 
-  // Scores become probabilities relative to the new maximum; `rescale` takes earlier ones to it. With `mark`, absent
-  // pairs get -1 instead of 0.
+  // Scores, times `scale` in units of log2(e), become probabilities relative to the new maximum; `rescale` takes earlier
+  // ones to it. With `mark`, absent pairs get -1 instead of 0.
   template <int kN, bool masked, bool mark>
-  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, C* rescale) const {
+  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> scale, C* rescale) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     Vec<C> reference[kN], sum[kN], top[kN];
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) top[v] = load(s.maximum + l + v * n);
+    for (int v = 0; v < kN; ++v) top[v] = minus_infinity;
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
+      top[v] = maximum(top[v] * scale, load(s.maximum + l + v * n));
       reference[v] = softmax_reference(top[v], minus_infinity);
       const Vec<C> factor = exp2_or_zero<C>(load(s.maximum + l + v * n) - reference[v]);
       store(s.maximum + l + v * n, top[v]);
@@ -183,7 +185,8 @@ struct Forward {
       for (int v = 0; v < kN; ++v) {
         C* score = s.scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
-        const Vec<C> y = masked ? exp2_or_zero<C>(x - reference[v]) : exp2<C>(x - reference[v]);
+        const Vec<C> distance = x * scale - reference[v];
+        const Vec<C> y = masked ? exp2_or_zero<C>(distance) : exp2<C>(distance);
         sum[v] += y;
         store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
       }

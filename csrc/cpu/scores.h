@@ -18,9 +18,15 @@ struct Tile {
 
 enum class InLanes { queries, keys };
 
-// Whether every pair of the tile keeps the score that the product gave.
+// Whether every pair of the tile keeps the product's score, which is then scaled on the way to its probability: scaling q
+// or k beforehand would round each element. (Only a positive scale keeps the order of the scores.)
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !p.mask.data && !p.bias.data && band.covers(t.i0, t.i1, t.j0, t.j1);
+  return !p.mask.data && !p.bias.data && p.scale > 0 && band.covers(t.i0, t.i1, t.j0, t.j1);
+}
+// Takes a score of the product to units of log2(e).
+template <class C>
+HEEDFUL_FN Vec<C> scale_log2e(const Problem& p) {
+  return broadcast<C>(C(p.scale * kLog2e));
 }
 
 // The part of a [B, Hq, Sq, Sk] tensor under a tile.
@@ -42,7 +48,7 @@ HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t,
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
 }
 
-// s[row * stride + lane] gets its bias; -inf where the pair is masked. `width` is the tile's lanes rounded up to whole
+// s[row * stride + lane] is scaled to units of log2(e) and gets its bias; -inf where the pair is masked. `width` is the tile's lanes rounded up to whole
 // vectors; `bias` and `mask` are scratch of rows x width.
 template <InLanes in_lanes, class C>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride,
@@ -61,7 +67,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   const auto end_key = [&](int64_t i) {
     return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0);
   };
-  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e));
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e)), scale = scale_log2e<C>(p);
   for (int64_t l = 0; l < width; l += n) {
     Vec<I> first, end;
     const Vec<I> lane_index = iota<I>() + I(l);
@@ -71,7 +77,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         end[i] = l + i < queries ? end_key(t.i0 + l + i) : I(0);
       }
     for (int64_t r = 0; r < rows; ++r) {
-      Vec<C> x = load(s + r * stride + l);
+      Vec<C> x = load(s + r * stride + l) * scale;
       Vec<I> allowed = ~Vec<I>{};
       if (banded) {
         if constexpr (queries_in_lanes)
