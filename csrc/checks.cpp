@@ -25,14 +25,22 @@ Shape shape_of(const Tensor& t) {
 
 std::string text(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    default: return torch::headeronly::toString(type);
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return torch::headeronly::toString(type);
   }
 }
 
@@ -66,16 +74,22 @@ void expect_broadcastable(const char* name, const Tensor& t, const Problem& p) {
   const Shape full = {p.B, p.Hq, p.Sq, p.Sk}, shape = shape_of(t);
   bool fits = shape.size() == 4;
   for (size_t i = 0; fits && i < 4; ++i) fits = shape[i] == full[i] || shape[i] == 1;
-  if (!fits) fail(name, "a shape that broadcasts to [B, Hq, Sq, Sk] = " + text(full) + ", in 4 dimensions", text(shape));
+  if (!fits)
+    fail(name, "a shape that broadcasts to [B, Hq, Sq, Sk] = " + text(full) + ", in 4 dimensions", text(shape));
 }
 
 DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: fail(name, "float32, float64, bfloat16 or float16", text(t.scalar_type()));
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      fail(name, "float32, float64, bfloat16 or float16", text(t.scalar_type()));
   }
 }
 
@@ -158,8 +172,8 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   return call;
 }
 
-void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& out,
-                    const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias) {
+void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                    const Tensor& out, const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias) {
   Problem& p = call.problem;
   const Shape result = {p.B, p.Hq, p.Sq, p.Dv}, rows = {p.B, p.Hq, p.Sq};
   const ScalarType compute = compute_type(p.dtype);

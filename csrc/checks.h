@@ -1,5 +1,5 @@
-// From tensors to the plain Problem that kernels take. All validation is here, for every device: a wrong argument raises
-// one message that names it, what was expected and what came, before anything is computed.
+// From tensors to the plain Problem that kernels take. All validation is here, for every device: a wrong argument
+// raises one message that names it, what was expected and what came, before anything is computed.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -28,8 +28,8 @@ struct Call {
 };
 
 Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options);
-void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& out,
-                    const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias);
+void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                    const Tensor& out, const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias);
 
 torch::headeronly::ScalarType compute_type(DType dtype);
 

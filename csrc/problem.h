@@ -1,5 +1,5 @@
-// One attention call as every kernel sees it: pointers with their shapes, strides in elements, options. No torch here, and
-// no inline functions: this header is compiled for several instruction sets.
+// One attention call as every kernel sees it: pointers with their shapes, strides in elements, options. No torch here,
+// and no inline functions: this header is compiled for several instruction sets.
 #pragma once
 
 #include <cstddef>
@@ -32,22 +32,23 @@ struct Problem {
   void* lse;  // [B, Hq, Sq], contiguous, compute type
 
   // Score features; data is null where one is absent.
-  View mask;                  // bool [B, Hq, Sq, Sk]
-  View bias;                  // [B, Hq, Sq, Sk]
-  DType bias_dtype;           // dtype or f32
-  const int64_t* q_lengths;   // [B]
-  const int64_t* k_lengths;   // [B]
-  const int64_t* q_starts;    // [B], the position of each sequence's first query; else q_start
-  int64_t q_start;            //
-  int64_t left, right;        // keys from position - left to position + right
+  View mask;                 // bool [B, Hq, Sq, Sk]
+  View bias;                 // [B, Hq, Sq, Sk]
+  DType bias_dtype;          // dtype or f32
+  const int64_t* q_lengths;  // [B]
+  const int64_t* k_lengths;  // [B]
+  const int64_t* q_starts;   // [B], the position of each sequence's first query; else q_start
+  int64_t q_start;           //
+  int64_t left, right;       // keys from position - left to position + right
 
   // Backward only.
-  View dout;       // [B, Hq, Sq, Dv]
-  View dlse;       // [B, Hq, Sq], compute type; data is null where there is none
-  View dq;         // [B, Hq, Sq, D], last stride 1
-  View dk;         // [B, Hk, Sk, D], last stride 1
-  View dv;         // [B, Hk, Sk, Dv], last stride 1
-  View dbias;      // compute type, zeroed, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted
+  View dout;  // [B, Hq, Sq, Dv]
+  View dlse;  // [B, Hq, Sq], compute type; data is null where there is none
+  View dq;    // [B, Hq, Sq, D], last stride 1
+  View dk;    // [B, Hk, Sk, D], last stride 1
+  View dv;    // [B, Hk, Sk, Dv], last stride 1
+  View
+      dbias;  // compute type, zeroed, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted
   void* workspace;  // what the plan asked for
 };
 

@@ -20,13 +20,14 @@ struct Machine {
 HEEDFUL_EXPORT const Machine& this_machine();
 
 struct Selection {
-  const cpu::InstructionSet* cpu = nullptr;                    // null where nothing runs
+  const cpu::InstructionSet* cpu = nullptr;                   // null where nothing runs
   std::vector<std::pair<std::string, std::string>> rejected;  // kernel, reason
 };
 
-// `device` is torch's name of the device type. `explain` wants every reason; else rejected kernels are listed only where
-// no kernel runs.
-HEEDFUL_EXPORT Selection select(const Problem& problem, const std::string& device, const Machine& machine, bool explain);
+// `device` is torch's name of the device type. `explain` wants every reason; else rejected kernels are listed only
+// where no kernel runs.
+HEEDFUL_EXPORT Selection select(const Problem& problem, const std::string& device, const Machine& machine,
+                                bool explain);
 
 // Every instruction set compiled, the best first.
 HEEDFUL_EXPORT const std::vector<const cpu::InstructionSet*>& instruction_sets();

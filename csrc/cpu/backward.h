@@ -1,15 +1,16 @@
-// Attention backward, five products a tile. Keys lie in vector lanes and key blocks go outermost, so that dK and dV stay
-// local and nothing of the sequence's length is packed; masks and biases are read along their rows.
+// Attention backward, five products a tile. Keys lie in vector lanes and key blocks go outermost, so that dK and dV
+// stay local and nothing of the sequence's length is packed; masks and biases are read along their rows.
 //
 //   P[i][key]   = exp2(scale log2(e) sum_d Q[i][d] K^T[d][key] - lse_i)       dV[key][d] += sum_i P[i][key]  dO[i][d]
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
-//                                                                             dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
-// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in units of log2(e);  2. everything above, one task for each (key/value
-// head, group of key blocks);  3. the groups' dQ added up in order.
+//                                                                             dQ[i][d]   += sum_key dS[i][key] scale
+//                                                                             K[key][d]
+// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in units of log2(e);  2. everything above, one task for each
+// (key/value head, group of key blocks);  3. the groups' dQ added up in order.
 //
-// Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never from
-// the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes over
-// those itself, in order: nobody else adds to its part of the bias gradient.
+// Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
+// from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
+// over those itself, in order: nobody else adds to its part of the bias gradient.
 #pragma once
 
 #include "kernels.h"
@@ -18,7 +19,8 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Limits of a sum over queries, for rows of keys: the queries that see any of these keys, counted from the tile's first.
+// Limits of a sum over queries, for rows of keys: the queries that see any of these keys, counted from the tile's
+// first.
 struct QueriesThatSee {
   const Band& band;
   const Tile& tile;
@@ -75,7 +77,8 @@ struct Backward {
   // Whether the first group adds dQ up in the output itself.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0; }
 
-  // What the tiles need of a query. lse, in units of log2(e), is rounded; the probabilities' `weight` makes up for that.
+  // What the tiles need of a query. lse, in units of log2(e), is rounded; the probabilities' `weight` makes up for
+  // that.
   struct RowState {
     C lse, weight, delta;
   };
@@ -96,8 +99,8 @@ struct Backward {
     Scratch s;
     const int64_t rows = p.B * p.Hq * ((p.Sq + kRowsPerTask - 1) / kRowsPerTask);
     plan->phases[0] = {rows, &prepare};
-    plan->phases[1] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) * (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) *
-                           task_groups(p),
+    plan->phases[1] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
+                           (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) * task_groups(p),
                        &run};
     plan->phases[2] = {rows, &finish};
     plan->phase_count = dq_in_place(p) && task_groups(p) == 1 ? 2 : 3;
@@ -124,8 +127,10 @@ struct Backward {
     const int64_t row = (t.b * p.Hq + t.h) * p.Sq;
     const C* lse = static_cast<const C*>(p.lse) + row;
     for (int64_t i = t.i0; i < t.i1; ++i) {
-      const S* g = static_cast<const S*>(p.dout.data) + t.b * p.dout.stride[0] + t.h * p.dout.stride[1] + i * p.dout.stride[2];
-      const S* o = static_cast<const S*>(p.out.data) + t.b * p.out.stride[0] + t.h * p.out.stride[1] + i * p.out.stride[2];
+      const S* g =
+          static_cast<const S*>(p.dout.data) + t.b * p.dout.stride[0] + t.h * p.dout.stride[1] + i * p.dout.stride[2];
+      const S* o =
+          static_cast<const S*>(p.out.data) + t.b * p.out.stride[0] + t.h * p.out.stride[1] + i * p.out.stride[2];
       const int64_t whole = p.dout.stride[3] == 1 && p.out.stride[3] == 1 ? p.Dv / n * n : 0;
       Vec<C> lanes = {};
       for (int64_t d = 0; d < whole; d += n) lanes += load_as(g + d, C()) * load_as(o + d, C());
@@ -133,7 +138,8 @@ struct Backward {
       for (int64_t d = whole; d < p.Dv; ++d)
         delta += C(to_compute(g[d * p.dout.stride[3]])) * C(to_compute(o[d * p.out.stride[3]]));
       if (p.dlse.data)
-        delta -= static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
+        delta -=
+            static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;
       const double exact = double(lse[i]) * kLog2e;
@@ -145,11 +151,11 @@ struct Backward {
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
-    C *kt, *vt, *k;      // K^T and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
-    C *dk, *dv;          // [kKeys][D]
-    C *q, *dout;         // [kQueries][D]
-    C *p, *ds;           // [kQueries][kKeys]
-    C *bias, *mask;      // [kQueries][panel]
+    C *kt, *vt, *k;  // K^T and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
+    C *dk, *dv;      // [kKeys][D]
+    C *q, *dout;     // [kQueries][D]
+    C *p, *ds;       // [kQueries][kKeys]
+    C *bias, *mask;  // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t panel = kVectors * n, keys = least(kKeys, padded(p.Sk)), queries = least(kQueries, p.Sq);
@@ -248,7 +254,8 @@ struct Backward {
     if (first < end) {
       pack_keys(j0, keys);
       for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
-        for (int64_t i0 = first; i0 < end; i0 += kQueries) run_tile(Tile{b, h, i0, least(i0 + kQueries, end), j0, j1}, careful);
+        for (int64_t i0 = first; i0 < end; i0 += kQueries)
+          run_tile(Tile{b, h, i0, least(i0 + kQueries, end), j0, j1}, careful);
     }
     store_rows<C>(at<S>(p.dk, hk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D, C(p.scale));
     store_rows<C>(at<S>(p.dv, hk, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
@@ -258,10 +265,10 @@ struct Backward {
     const S *k = at(p.k, hk, j0), *v = at(p.v, hk, j0);
     for_each_panel(padded(keys), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, present = least(keys - l, width);
-      load_tile<C>(s.kt + l * p.D, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width,
-                   C(1));
-      load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present,
+      load_tile<C>(s.kt + l * p.D, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present,
                    width, C(1));
+      load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv,
+                   present, width, C(1));
     });
     load_tile<C>(s.k, padded(p.D), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded(p.D), C(p.scale));
   }
@@ -270,7 +277,8 @@ struct Backward {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded(p.D), dv = padded(p.Dv);
     load_tile<C>(s.q, d, Source<S>{at(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]}, queries, p.D, d, C(1));
-    load_tile<C>(s.dout, dv, Source<S>{at(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv, dv, C(1));
+    load_tile<C>(s.dout, dv, Source<S>{at(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv, dv,
+                 C(1));
     for_each_panel(padded(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
     const Rows dq = dq_rows(p, w, group, b, t.h);
@@ -305,12 +313,12 @@ struct Backward {
 
     const Tile panel{t.b, t.h, ia, ib, ja, jb};
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, d = padded(p.D), dv = padded(p.Dv);
-    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q, WholeSum{p.D});
+    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q,
+                                        WholeSum{p.D});
     multiply<Onto::nothing, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
-                                      WholeSum{p.Dv});
+                                        WholeSum{p.Dv});
     const bool plain = is_plain(p, band, panel);
-    if (!plain)
-      apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
+    if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
     const RowState* state = w.rows + (b * p.Hq + t.h) * p.Sq + t.i0;
     const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
     if (plain && !careful)
@@ -367,7 +375,8 @@ struct Backward {
       for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
         const C prob = s.p[i * stride + j], grad = s.ds[i * stride + j];
         if (prob < 0) continue;
-        for (int64_t x = 0; x < dv; x += n) store(s.dv + j * dv + x, load(s.dv + j * dv + x) + prob * load(s.dout + i * dv + x));
+        for (int64_t x = 0; x < dv; x += n)
+          store(s.dv + j * dv + x, load(s.dv + j * dv + x) + prob * load(s.dout + i * dv + x));
         for (int64_t x = 0; x < dk; x += n) {
           store(s.dk + j * dk + x, load(s.dk + j * dk + x) + grad * load(s.q + i * dk + x));
           store(dq + i * dq_stride + x, load(dq + i * dq_stride + x) + grad * load(s.k + j * dk + x));

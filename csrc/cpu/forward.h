@@ -1,5 +1,5 @@
-// Attention forward. A task is one block of queries of one head; the block's queries lie in vector lanes, so that maximum,
-// sum and masks are vertical and K and V are read where they lie, an element broadcast at a time:
+// Attention forward. A task is one block of queries of one head; the block's queries lie in vector lanes, so that
+// maximum, sum and masks are vertical and K and V are read where they lie, an element broadcast at a time:
 //
 //   S^T[key][query]  = sum_d   K[key][d]  * Q^T[d][query]       Q^T packed once
 //   O^T[d][query]   += sum_key V[key][d]  * P^T[key][query]     rescaled to the running maximum as it is loaded
@@ -61,8 +61,8 @@ struct Forward {
     const int64_t per_head = blocks(p), head = task / per_head, block = per_head - 1 - task % per_head;
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
-    const Forward f{p, Band(p, head / p.Hq), s, head / p.Hq, head % p.Hq, block * kQueries,
-                    least(p.Sq, (block + 1) * kQueries)};
+    const Forward f{
+        p, Band(p, head / p.Hq), s, head / p.Hq, head % p.Hq, block * kQueries, least(p.Sq, (block + 1) * kQueries)};
     f.load_queries();
     f.attend(false);
     // A masked V_j is multiplied by a probability of 0, which lets infinities and NaNs through. They show in the result
@@ -102,8 +102,8 @@ struct Forward {
     int64_t stride;
   };
   Rows rows(const View& view, C* packed, int64_t dim, int64_t j0, int64_t j1) const {
-    const S* data = static_cast<const S*>(view.data) + b * view.stride[0] + kv_head() * view.stride[1] +
-                    j0 * view.stride[2];
+    const S* data =
+        static_cast<const S*>(view.data) + b * view.stride[0] + kv_head() * view.stride[1] + j0 * view.stride[2];
     if constexpr (sizeof(S) == sizeof(C))
       if (!packed) return {data, view.stride[2]};
     load_tile<C>(packed, padded(dim), Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, padded(dim), C(1));
@@ -140,10 +140,9 @@ struct Forward {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0;
     multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * p.D, width, s.scores, width, width, s.scores,
-                                      WholeSum{p.D});
+                                        WholeSum{p.D});
     const bool plain = is_plain(p, band, tile);
-    if (!plain)
-      apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
+    if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
     alignas(64) C rescale[width];
     const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
     if (careful)
@@ -157,11 +156,11 @@ struct Forward {
       add_values_carefully<kN>(keys, v, v_stride, out, rescale);
     else
       multiply<Onto::scaled_c, C, Unit::row>({v, v_stride}, 0, p.Dv, s.scores, width, out, width, width, rescale,
-                                            WholeSum{keys});
+                                             WholeSum{keys});
   }
 
-  // Scores, times `scale` in units of log2(e), become probabilities relative to the new maximum; `rescale` takes earlier
-  // ones to it. With `mark`, absent pairs get -1 instead of 0.
+  // Scores, times `scale` in units of log2(e), become probabilities relative to the new maximum; `rescale` takes
+  // earlier ones to it. With `mark`, absent pairs get -1 instead of 0.
   template <int kN, bool masked, bool mark>
   HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> scale, C* rescale) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);

@@ -1,6 +1,6 @@
-// Tests of the CPU kernels without torch or Python, for sanitizers and cross-compiled runs: every instruction set that this
-// machine has, against the definition of attention in double precision, over a sweep of shapes and options. Arrays have
-// exactly the size that a call may touch, so that AddressSanitizer sees the first byte past it.
+// Tests of the CPU kernels without torch or Python, for sanitizers and cross-compiled runs: every instruction set that
+// this machine has, against the definition of attention in double precision, over a sweep of shapes and options. Arrays
+// have exactly the size that a call may touch, so that AddressSanitizer sees the first byte past it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -94,9 +94,9 @@ struct Case {
 
 std::string describe(const Case& c) {
   char text[256];
-  std::snprintf(text, sizeof text, "dtype %d B%ld H%ld/%ld S%ld/%ld D%ld/%ld start %ld left %ld right %ld%s%s%s%s", int(c.dtype),
-                long(c.B), long(c.Hq), long(c.Hk), long(c.Sq), long(c.Sk), long(c.D), long(c.Dv), long(c.start),
-                c.left == kUnbounded ? -1L : long(c.left), c.right == kUnbounded ? -1L : long(c.right),
+  std::snprintf(text, sizeof text, "dtype %d B%ld H%ld/%ld S%ld/%ld D%ld/%ld start %ld left %ld right %ld%s%s%s%s",
+                int(c.dtype), long(c.B), long(c.Hq), long(c.Hk), long(c.Sq), long(c.Sk), long(c.D), long(c.Dv),
+                long(c.start), c.left == kUnbounded ? -1L : long(c.left), c.right == kUnbounded ? -1L : long(c.right),
                 c.lengths ? " lengths" : "", c.mask ? " mask" : "", c.bias ? " bias" : "", c.gap ? " gap" : "");
   return text;
 }
@@ -105,8 +105,8 @@ void run(Planner planner, Problem& p) {
   Plan plan;
   planner(p, &plan);
   const auto allocate = [](size_t bytes) {
-    return std::unique_ptr<char, decltype(&std::free)>(static_cast<char*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)),
-                                                       &std::free);
+    return std::unique_ptr<char, decltype(&std::free)>(
+        static_cast<char*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)), &std::free);
   };
   const auto scratch = allocate(plan.scratch_bytes), workspace = allocate(plan.workspace_bytes);
   p.workspace = workspace.get();
@@ -116,8 +116,10 @@ void run(Planner planner, Problem& p) {
 
 int checks = 0, failures = 0;
 
-// The largest difference, over the largest value expected or 1, the size of the inputs: gradients are differences of such.
-void compare(const Case& c, const char* isa, const char* what, const Array& got, const std::function<double(int64_t, int64_t, int64_t, int64_t)>& expected) {
+// The largest difference, over the largest value expected or 1, the size of the inputs: gradients are differences of
+// such.
+void compare(const Case& c, const char* isa, const char* what, const Array& got,
+             const std::function<double(int64_t, int64_t, int64_t, int64_t)>& expected) {
   double error = 0, largest = 1;
   for (int64_t a = 0; a < got.shape[0]; ++a)
     for (int64_t b = 0; b < got.shape[1]; ++b)
@@ -127,7 +129,10 @@ void compare(const Case& c, const char* isa, const char* what, const Array& got,
           if (std::isinf(y) ? x != y : !(std::fabs(x - y) <= 1e30)) error = INFINITY;
           if (std::isfinite(y)) error = std::max(error, std::fabs(x - y)), largest = std::max(largest, std::fabs(y));
         }
-  const double allowed = c.dtype == DType::f64 ? 1e-12 : c.dtype == DType::f32 ? 2e-5 : c.dtype == DType::bf16 ? 2e-2 : 3e-3;
+  const double allowed = c.dtype == DType::f64    ? 1e-12
+                         : c.dtype == DType::f32  ? 2e-5
+                         : c.dtype == DType::bf16 ? 2e-2
+                                                  : 3e-3;
   ++checks;
   if (error > allowed * largest) {
     ++failures;
@@ -138,7 +143,8 @@ void compare(const Case& c, const char* isa, const char* what, const Array& got,
 void test(const InstructionSet& isa, const Case& c) {
   const DType compute = c.dtype == DType::f64 ? DType::f64 : DType::f32;
   const int64_t gap = c.gap ? 3 : 0;
-  Array q(c.dtype, c.B, c.Hq, c.Sq, c.D, gap), k(c.dtype, c.B, c.Hk, c.Sk, c.D, gap), v(c.dtype, c.B, c.Hk, c.Sk, c.Dv, gap);
+  Array q(c.dtype, c.B, c.Hq, c.Sq, c.D, gap), k(c.dtype, c.B, c.Hk, c.Sk, c.D, gap),
+      v(c.dtype, c.B, c.Hk, c.Sk, c.Dv, gap);
   Array out(c.dtype, c.B, c.Hq, c.Sq, c.Dv), lse(compute, 1, c.B, c.Hq, c.Sq), dout = out, dlse = lse;
   Array dq(c.dtype, c.B, c.Hq, c.Sq, c.D), dk(c.dtype, c.B, c.Hk, c.Sk, c.D), dv(c.dtype, c.B, c.Hk, c.Sk, c.Dv);
   Array bias(c.dtype, 1, c.Hq, c.Sq, c.Sk), dbias(compute, 1, c.Hq, c.Sq, c.Sk);
@@ -169,9 +175,13 @@ void test(const InstructionSet& isa, const Case& c) {
   run(isa.backward[int(c.dtype)], p);
 
   // The definition.
-  Array e_out(DType::f64, c.B, c.Hq, c.Sq, c.Dv), e_lse(DType::f64, 1, c.B, c.Hq, c.Sq), e_dq(DType::f64, c.B, c.Hq, c.Sq, c.D);
-  Array e_dk(DType::f64, c.B, c.Hk, c.Sk, c.D), e_dv(DType::f64, c.B, c.Hk, c.Sk, c.Dv), e_dbias(DType::f64, 1, c.Hq, c.Sq, c.Sk);
-  const auto add = [](Array& to, int64_t a, int64_t b, int64_t i, int64_t d, double x) { to.set(a, b, i, d, to.get(a, b, i, d) + x); };
+  Array e_out(DType::f64, c.B, c.Hq, c.Sq, c.Dv), e_lse(DType::f64, 1, c.B, c.Hq, c.Sq),
+      e_dq(DType::f64, c.B, c.Hq, c.Sq, c.D);
+  Array e_dk(DType::f64, c.B, c.Hk, c.Sk, c.D), e_dv(DType::f64, c.B, c.Hk, c.Sk, c.Dv),
+      e_dbias(DType::f64, 1, c.Hq, c.Sq, c.Sk);
+  const auto add = [](Array& to, int64_t a, int64_t b, int64_t i, int64_t d, double x) {
+    to.set(a, b, i, d, to.get(a, b, i, d) + x);
+  };
   std::vector<double> s(size_t(c.Sk)), prob(size_t(c.Sk));
   for (int64_t b = 0; b < c.B; ++b)
     for (int64_t h = 0; h < c.Hq; ++h)
@@ -182,13 +192,15 @@ void test(const InstructionSet& isa, const Case& c) {
           double x = 0;
           for (int64_t d = 0; d < c.D; ++d) x += q.get(b, h, i, d) * k.get(b, hk, j, d);
           x = x * p.scale + (c.bias ? bias.get(0, h, i, j) : 0);
-          const bool seen = (c.left == kUnbounded || j >= position - c.left) && (c.right == kUnbounded || j <= position + c.right) &&
+          const bool seen = (c.left == kUnbounded || j >= position - c.left) &&
+                            (c.right == kUnbounded || j <= position + c.right) &&
                             (!c.lengths || (i < q_lengths[size_t(b)] && j < k_lengths[size_t(b)])) &&
                             (!c.mask || mask[size_t(i * c.Sk + j)]);
           s[size_t(j)] = seen ? x : -INFINITY;
           top = std::max(top, s[size_t(j)]);
         }
-        for (int64_t j = 0; j < c.Sk; ++j) sum += prob[size_t(j)] = s[size_t(j)] == -INFINITY ? 0 : std::exp(s[size_t(j)] - top);
+        for (int64_t j = 0; j < c.Sk; ++j)
+          sum += prob[size_t(j)] = s[size_t(j)] == -INFINITY ? 0 : std::exp(s[size_t(j)] - top);
         const double l = top == -INFINITY ? -INFINITY : top + std::log(sum);
         e_lse.set(0, b, h, i, l);
         if (l == -INFINITY) continue;
@@ -211,7 +223,9 @@ void test(const InstructionSet& isa, const Case& c) {
           }
         }
       }
-  const auto against = [](const Array& x) { return [&x](int64_t a, int64_t b, int64_t i, int64_t d) { return x.get(a, b, i, d); }; };
+  const auto against = [](const Array& x) {
+    return [&x](int64_t a, int64_t b, int64_t i, int64_t d) { return x.get(a, b, i, d); };
+  };
   compare(c, isa.name, "out", out, against(e_out));
   compare(c, isa.name, "lse", lse, against(e_lse));
   compare(c, isa.name, "dq", dq, against(e_dq));
@@ -223,7 +237,8 @@ void test(const InstructionSet& isa, const Case& c) {
 std::vector<const InstructionSet*> instruction_sets() {
   std::vector<const InstructionSet*> all = {&kBaseline};
 #ifdef HEEDFUL_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) all.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    all.push_back(&kAvx2);
 #endif
 #ifdef HEEDFUL_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

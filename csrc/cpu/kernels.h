@@ -1,5 +1,5 @@
-// What a CPU kernel is to the rest: a plan of phases, each a number of independent tasks. Any thread may run any task; a
-// task's result depends on the problem alone. Phases follow each other.
+// What a CPU kernel is to the rest: a plan of phases, each a number of independent tasks. Any thread may run any task;
+// a task's result depends on the problem alone. Phases follow each other.
 #pragma once
 
 #include "../problem.h"

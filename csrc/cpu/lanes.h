@@ -1,5 +1,5 @@
-// Vectors of this instruction set, by the compiler's vector extensions, and the few functions that kernels need on them.
-// HEEDFUL_VECTOR_BYTES and HEEDFUL_VECTOR_REGISTERS are set by isa/*.cpp. Nothing here calls a math library.
+// Vectors of this instruction set, by the compiler's vector extensions, and the few functions that kernels need on
+// them. HEEDFUL_VECTOR_BYTES and HEEDFUL_VECTOR_REGISTERS are set by isa/*.cpp. Nothing here calls a math library.
 #pragma once
 
 #include <cstdint>
@@ -132,8 +132,8 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (or NaN, which stays NaN); 0 below the normal range. exp2 is x = n + r with |r| <= 1/2, a polynomial in
-// r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low bits.
+// 2^x for x <= 0 (or NaN, which stays NaN); 0 below the normal range. exp2 is x = n + r with |r| <= 1/2, a polynomial
+// in r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low bits.
 template <class T>
 struct Exp2;
 template <>
@@ -141,7 +141,7 @@ struct Exp2<float> {
   static constexpr float kLowest = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23
   static constexpr int kMantissa = 23, kBias = 127, kDegree = 6;
   // Relative error 2.1e-8 on [-1/2, 1/2], below the rounding of the steps.
-  static constexpr float kPolynomial[kDegree + 1] = {1.0f,          0.693147242f,   0.240226522f,  0.0555031039f,
+  static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147242f,   0.240226522f,   0.0555031039f,
                                                      0.00961769279f, 0.00134066434f, 0.000155946778f};
 };
 template <>
@@ -150,9 +150,9 @@ struct Exp2<double> {
   static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
   // ln(2)^k / k!; the first term left out is 2^-14 ln(2)^14 / 14! = 4e-18.
   static constexpr double kPolynomial[kDegree + 1] = {
-      1.00000000000000000000e+0, 6.93147180559945309417e-1, 2.40226506959100712334e-1, 5.55041086648215799531e-2,
-      9.61812910762847716198e-3, 1.33335581464284434234e-3, 1.54035303933816099544e-4, 1.52527338040598402800e-5,
-      1.32154867901443094884e-6, 1.01780860092396997275e-7, 7.05491162080112332988e-9, 4.44553827187081149760e-10,
+      1.00000000000000000000e+0,  6.93147180559945309417e-1, 2.40226506959100712334e-1, 5.55041086648215799531e-2,
+      9.61812910762847716198e-3,  1.33335581464284434234e-3, 1.54035303933816099544e-4, 1.52527338040598402800e-5,
+      1.32154867901443094884e-6,  1.01780860092396997275e-7, 7.05491162080112332988e-9, 4.44553827187081149760e-10,
       2.56784359934882051420e-11, 1.36914888539041288809e-12};
 };
 
@@ -222,7 +222,8 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
     result.parts[i] = (Eight)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
   return result.whole;
 #else
-  // Exponents move from bias 15 to 127 by a product with 2^112, which makes subnormals normal; 31 means infinity or NaN.
+  // Exponents move from bias 15 to 127 by a product with 2^112, which makes subnormals normal; 31 means infinity or
+  // NaN.
   const Vec<int32_t> bits = load_bits(p), magnitude = (bits & 0x7fff) << 13;
   const Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
   const Vec<int32_t> special = (bits & 0x7c00) == 0x7c00;

@@ -13,8 +13,8 @@ constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 // Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
 enum class Unit { row, k };
-// What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long sum
-// that are added up lose far less to rounding than one long chain.
+// What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long
+// sum that are added up lose far less to rounding than one long chain.
 enum class Onto { nothing, c, scaled_c };
 
 template <class C, Unit unit>
@@ -68,12 +68,24 @@ HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const
     const int64_t m = m0 + (m1 - m0) * t / tiles, end = m0 + (m1 - m0) * (t + 1) / tiles;
     const int64_t k0 = range.first(m, end), k1 = range.end(m, end);
     switch (end - m) {
-      case 6: multiply_tile<6, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 5: multiply_tile<5, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 4: multiply_tile<4, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 3: multiply_tile<3, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      case 2: multiply_tile<2, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
-      default: multiply_tile<1, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor); break;
+      case 6:
+        multiply_tile<6, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
+      case 5:
+        multiply_tile<5, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
+      case 4:
+        multiply_tile<4, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
+      case 3:
+        multiply_tile<3, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
+      case 2:
+        multiply_tile<2, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
+      default:
+        multiply_tile<1, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        break;
     }
   }
 }
@@ -88,7 +100,7 @@ struct WholeSum {
 // Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
 template <Onto onto, class C, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
-                                        int64_t c_stride, int64_t lanes, const C* factor, const Range& range) {
+                             int64_t c_stride, int64_t lanes, const C* factor, const Range& range) {
   constexpr int n = kLanes<C>;
   int64_t l = 0;
   for (; l + kVectors * n <= lanes; l += kVectors * n)

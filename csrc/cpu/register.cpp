@@ -15,7 +15,8 @@
 namespace heedful::cpu {
 namespace {
 
-// Grows to what a thread's largest task needs, a megabyte or so, and is kept: fresh pages would cost more than a small call.
+// Grows to what a thread's largest task needs, a megabyte or so, and is kept: fresh pages would cost more than a small
+// call.
 char* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<char, decltype(&std::free)> buffer(nullptr, &std::free);
   thread_local size_t size = 0;
@@ -34,7 +35,8 @@ void run_phase(const Problem& p, const Phase& phase, size_t scratch_bytes) {
   std::atomic<int64_t> next{0};
   const auto pull = [&](int64_t, int64_t) {
     char* scratch = thread_scratch(scratch_bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) phase.run(p, task, scratch);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;)
+      phase.run(p, task, scratch);
   };
   // Waking threads costs about 5 us, the time of this many multiply-adds on one.
   constexpr double kSmall = 2e5;

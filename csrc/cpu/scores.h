@@ -1,4 +1,5 @@
-// Applies bias and masks to a tile of scores, for the forward kernel (queries in lanes) and the backward one (keys in lanes).
+// Applies bias and masks to a tile of scores, for the forward kernel (queries in lanes) and the backward one (keys in
+// lanes).
 #pragma once
 
 #include "../score/bias.h"
@@ -18,8 +19,8 @@ struct Tile {
 
 enum class InLanes { queries, keys };
 
-// Whether every pair of the tile keeps the product's score, which is then scaled on the way to its probability: scaling q
-// or k beforehand would round each element. (Only a positive scale keeps the order of the scores.)
+// Whether every pair of the tile keeps the product's score, which is then scaled on the way to its probability: scaling
+// q or k beforehand would round each element. (Only a positive scale keeps the order of the scores.)
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
   return !p.mask.data && !p.bias.data && p.scale > 0 && band.covers(t.i0, t.i1, t.j0, t.j1);
 }
@@ -48,11 +49,11 @@ HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t,
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
 }
 
-// s[row * stride + lane] is scaled to units of log2(e) and gets its bias; -inf where the pair is masked. `width` is the tile's lanes rounded up to whole
-// vectors; `bias` and `mask` are scratch of rows x width.
+// s[row * stride + lane] is scaled to units of log2(e) and gets its bias; -inf where the pair is masked. `width` is the
+// tile's lanes rounded up to whole vectors; `bias` and `mask` are scratch of rows x width.
 template <InLanes in_lanes, class C>
-HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride,
-                                            int64_t width, C* bias, C* mask) {
+HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
+                                 C* bias, C* mask) {
   constexpr int n = kLanes<C>;
   constexpr bool queries_in_lanes = in_lanes == InLanes::queries;
   using I = Int<C>;
@@ -64,9 +65,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   // The keys that each query sees, counted from j0.
   const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
   const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
-  const auto end_key = [&](int64_t i) {
-    return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0);
-  };
+  const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e)), scale = scale_log2e<C>(p);
   for (int64_t l = 0; l < width; l += n) {
     Vec<I> first, end;

@@ -47,7 +47,7 @@ struct Source {
 // to[r * to_stride + l] = scale * from(r, l); lanes from `lanes` to `width`, a multiple of the vector, become zero.
 template <class C, class S>
 HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t lanes, int64_t width,
-                          C scale) {
+                              C scale) {
   constexpr int n = kLanes<C>;
   const Vec<C> scales = broadcast<C>(scale);
   const auto edge = [&](int64_t r0, int64_t r1, int64_t l0, int64_t l1) {
@@ -89,8 +89,8 @@ HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t 
 
 // to[r * to_stride + l] = scale * from[r * from_stride + l] for l < lanes.
 template <class C, class S>
-HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows, int64_t lanes,
-                           C scale) {
+HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows,
+                               int64_t lanes, C scale) {
   constexpr int n = kLanes<C>;
   const Vec<C> scales = broadcast<C>(scale);
   const int64_t whole = lanes / n * n;
@@ -103,7 +103,7 @@ HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t 
 // to[l * to_stride + r] = from[r * from_stride + l] for l < lanes: rows of `from` become contiguous in memory.
 template <class C, class S>
 HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows,
-                                 int64_t lanes) {
+                                     int64_t lanes) {
   constexpr int n = kLanes<C>;
   const int64_t whole_rows = rows / n * n;
   for (int64_t l = 0; l < lanes; l += n) {
@@ -118,7 +118,8 @@ HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, in
         if (i < present) store_as(to + (l + i) * to_stride + r, square[i]);
     }
     for (int64_t i = 0; i < present; ++i)
-      for (int64_t r = whole_rows; r < rows; ++r) from_compute(from[r * from_stride + l + i], to + (l + i) * to_stride + r);
+      for (int64_t r = whole_rows; r < rows; ++r)
+        from_compute(from[r * from_stride + l + i], to + (l + i) * to_stride + r);
   }
 }
 

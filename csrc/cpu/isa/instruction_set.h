@@ -4,14 +4,14 @@
 #include "../backward.h"
 #include "../forward.h"
 
-#define HEEDFUL_INSTRUCTION_SET(variable, name)                                                                      \
-  namespace heedful::cpu {                                                                                           \
-  using namespace heedful::HEEDFUL_TARGET;                                                                           \
-  const InstructionSet variable = {                                                                                  \
-      name,                                                                                                          \
-      HEEDFUL_VECTOR_BYTES,                                                                                          \
-      {Forward<float>::kQueries, Forward<float>::kKeys},                                                             \
-      {Backward<float>::kQueries, Backward<float>::kKeys},                                                           \
-      {&Forward<float>::plan, &Forward<double>::plan, &Forward<BFloat16>::plan, &Forward<Float16>::plan},            \
-      {&Backward<float>::plan, &Backward<double>::plan, &Backward<BFloat16>::plan, &Backward<Float16>::plan}};       \
+#define HEEDFUL_INSTRUCTION_SET(variable, name)                                                                \
+  namespace heedful::cpu {                                                                                     \
+  using namespace heedful::HEEDFUL_TARGET;                                                                     \
+  const InstructionSet variable = {                                                                            \
+      name,                                                                                                    \
+      HEEDFUL_VECTOR_BYTES,                                                                                    \
+      {Forward<float>::kQueries, Forward<float>::kKeys},                                                       \
+      {Backward<float>::kQueries, Backward<float>::kKeys},                                                     \
+      {&Forward<float>::plan, &Forward<double>::plan, &Forward<BFloat16>::plan, &Forward<Float16>::plan},      \
+      {&Backward<float>::plan, &Backward<double>::plan, &Backward<BFloat16>::plan, &Backward<Float16>::plan}}; \
   }
