@@ -1,0 +1,63 @@
+"""Which kernel a call runs, and for each one that cannot, every reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import _info
+from .masks import BOTTOM_RIGHT, Align, Mask, as_mask
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What :func:`explain` found. Its repr says it in words."""
+
+    call: str
+    kernel: str | None  # None: this call cannot run
+    isa: str | None  # the instruction set, of kernels for the CPU
+    tiles: Mapping[str, int]  # sizes that the kernel works in, by name
+    reasons: tuple[str, ...]  # "kernel: why it does not run this call", for all the others
+
+    def __repr__(self) -> str:
+        lines = [f"heedful.attention of {self.call}"]
+        if self.kernel is None:
+            lines.append("cannot run; heedful.reference.attention runs on any device, slowly")
+        else:
+            lines.append(f"runs {self.kernel}, forward and backward")
+            lines += [f"  {name} = {size}" for name, size in self.tiles.items()]
+        if self.reasons:
+            lines += ["does not run", *(f"  {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    align: Align = BOTTOM_RIGHT,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Explanation:
+    """Which kernel ``heedful.attention`` runs for these arguments, and why not the others. Nothing is computed.
+
+    The choice depends on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise RuntimeError(f"heedful.explain: {name}: expected 4 dimensions, got {x.dim()}")
+    (b, hq, sq, d), (hk, sk), dv = q.shape, k.shape[1:3], v.shape[3]
+    dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
+    call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, {dtype} on {q.device}"
+    call += "" if mask is None else f", mask {as_mask(mask)!r}"
+    call += "" if bias is None else f", bias {list(bias.shape)}"
+    try:
+        found = _info.explain(device=device, dtype=dtype, B=b, Hq=hq, Hk=hk, Sq=sq, Sk=sk, D=d, Dv=dv)
+    except ValueError as error:  # a dtype that no kernel has
+        return Explanation(call, None, None, {}, (f"every kernel: {error}",))
+    return Explanation(call, found["kernel"], found["isa"], found["tiles"], tuple(found["reasons"]))

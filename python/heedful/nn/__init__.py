@@ -1,0 +1,5 @@
+"""Modules: drop-in replacements for those of torch.nn."""
+
+from .attention import MultiheadAttention
+
+__all__ = ["MultiheadAttention"]
