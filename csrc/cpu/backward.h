@@ -142,9 +142,10 @@ struct Backward {
             static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;
-      const double exact = double(lse[i]) * kLog2e;
-      const C rounded = C(exact);
-      w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{rounded, C(1 - (exact - rounded) * kLn2), delta};
+      const double exact = double(lse[i]) * kLog2e, lost = exact - double(C(exact));
+      // Past 2^13 the scores themselves are rounded more coarsely than this.
+      const C weight = lost * lost < 0x1p-20 ? C(1 - lost * kLn2) : C(1);
+      w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{C(exact), weight, delta};
     }
   }
 
@@ -338,7 +339,8 @@ struct Backward {
       for (int v = 0; v < kN; ++v) {
         C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
         const Vec<C> score = load(x);
-        const Vec<C> distance = score * scale - state[r].lse;
+        // No score is above lse, but for rounding, which for huge scores is huge.
+        const Vec<C> above = score * scale - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
         Vec<C> probability = (masked ? exp2_or_zero<C>(distance) : exp2<C>(distance)) * state[r].weight;
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {

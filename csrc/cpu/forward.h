@@ -91,8 +91,9 @@ struct Forward {
     const S* q = static_cast<const S*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1];
     for_each_panel([&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, i = i0 + l;
-      load_tile<C>(s.q + l * p.D, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D,
-                   least(i1 - i, width), width, C(1));
+      const int64_t present = clamp(least(i1, band.queries) - i, 0, width);
+      load_tile<C>(s.q + l * p.D, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D, present,
+                   width, C(1));
     });
   }
 
@@ -123,9 +124,11 @@ struct Forward {
       const int64_t j1 = least(j0 + kKeys, end_key);
       const Rows k = rows(p.k, s.k, p.D, j0, j1), v = rows(p.v, s.v, p.Dv, j0, j1);
       for_each_panel([&](int64_t l, auto vectors) {
-        const int64_t i = i0 + l, end = least(i1, i + vectors.value * n), seen = least(end, band.queries);
-        if (seen <= i) return;
-        const Tile tile{b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(seen - 1))};
+        // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
+        // must not change how the others are computed.
+        const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
+        if (end <= i) return;
+        const Tile tile{b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1))};
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
                                     v.data + (tile.j0 - j0) * v.stride, v.stride, careful);
@@ -222,12 +225,14 @@ struct Forward {
       for (int v = 0; v < kN; ++v) {
         const Vec<C> sum = load(s.sum + l + v * n), top = load(s.maximum + l + v * n);
         // A NaN among the scores shows in the sum alone. Lone scores of -inf left a little in it where none was masked.
-        const Vec<Int<C>> dead = (top == minus_infinity) & (sum == sum);
-        const Vec<C> inverse = select(dead, Vec<C>{}, C(1) / sum);
-        store(reference + v * n, softmax_reference(top, minus_infinity));
+        const Vec<Int<C>> past = iota<Int<C>>() >= Int<C>(clamp(band.queries - i - v * n, 0, n));
+        const Vec<Int<C>> dead = past | ((top == minus_infinity) & (sum == sum));
+        store(reference + v * n, select(dead, Vec<C>{}, top));
         store(log + v * n, select(dead, minus_infinity, log2<C>(sum)));
+        const Vec<C> inverse = C(1) / sum;
         C* o = s.out + l * p.Dv + v * n;
-        for (int64_t d = 0; d < p.Dv; ++d) store(o + d * kN * n, load(o + d * kN * n) * inverse);
+        for (int64_t d = 0; d < p.Dv; ++d)
+          store(o + d * kN * n, select(dead, Vec<C>{}, load(o + d * kN * n) * inverse));
       }
       for (int64_t r = 0; r < present; ++r) lse[i + r] = C((double(reference[r]) + double(log[r])) * kLn2);
       store_transposed<C>(out + i * p.out.stride[2], p.out.stride[2], s.out + l * p.Dv, kN * n, p.Dv, present);

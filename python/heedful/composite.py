@@ -1,14 +1,14 @@
 """Derivatives that no kernel computes, in plain PyTorch operations, a block of queries at a time.
 
-Forward mode needs the tangents of both operators, double backward the gradients of the second. They are rarely asked for, so
-they trade speed for brevity: memory for [B, Hq, BLOCK, Sk] pairs at once, half precision in float32, every formula once.
+Forward mode needs the tangents of both operators, double backward the gradients of the second. They are rarely asked
+for, so they trade speed for brevity: memory for [B, Hq, BLOCK, Sk] pairs at once, half precision in float32.
 
     s  = scale * q k^T + bias       p     = exp(s - lse)
     dp = dout v^T                   delta = sum(dout * out) - dlse        ds = p * (dp - delta)
 
-The operators give out = p v and dq = scale * ds k, dk = scale * ds^T q, dv = p^T dout, dbias = ds. Below, dx is the gradient
-of x, tx its tangent, and gx the gradient of x where x is what the backward operator takes or gives. Where there is no bias,
-its tangent and its gradients are None.
+The operators give out = p v and dq = scale * ds k, dk = scale * ds^T q, dv = p^T dout, dbias = ds. Below, dx is the
+gradient of x, tx its tangent, and gx the gradient of x where x is what the backward operator takes or gives. Where
+there is no bias, its tangent and its gradients are None.
 """
 
 from __future__ import annotations
@@ -110,12 +110,13 @@ class Call:
 
 
 class Rows:
-    """A block of queries and its pairs with every key. A row with nothing to attend to is read as zeros, whatever it holds."""
+    """A block of queries and its pairs with every key. A row with nothing to attend to is read as zeros."""
 
     def __init__(self, call: Call, start: int, stop: int) -> None:
         self.call, self.start, self.count = call, start, stop - start
         q, bias = self.slice(call.q), self.of_bias(call.bias)
         self.seen = allowed(torch.arange(start, stop, device=q.device), call.k.shape[2], *call.masking)
+        self.seen = self.seen & (bias != -torch.inf)
         self.seen = self.seen & (call.scale * self.scores(q, call.k) + bias != -torch.inf)
         self.alive = self.seen.any(-1, keepdim=True)
         s = call.scale * self.scores(q, call.k) + bias

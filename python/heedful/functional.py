@@ -1,4 +1,4 @@
-"""The functions that users call: they put arguments into the operators' form, and leave checks and computing to those."""
+"""The functions that users call: they bring arguments into the operators' form and leave the computing to those."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention: out_i = sum_j p_ij v_j, with p_ij = exp(s_ij - lse_i), lse_i = log sum_j exp(s_ij), s = scale q k^T + bias.
+    """out_i = sum_j p_ij v_j, where p_ij = exp(s_ij - lse_i), lse_i = log sum_j exp(s_ij), s = scale q k^T + bias.
 
-    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]: float32, float64, bfloat16 or float16, with any strides, Hq a
+    q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]: float32, float64, bfloat16 or float16, with any strides; Hq a
         multiple of Hk (query head h reads key/value head h // (Hq / Hk)).
-    mask: which pairs may meet: a bool tensor broadcastable to [B, Hq, Sq, Sk] (True: attend), Causal(), SlidingWindow(left,
-        right), KeyLengths(n), QueryLengths(n), or several of them joined by &. A masked pair is absent: nothing of it, not
-        even a NaN, reaches the results or the gradients.
+    mask: which pairs may meet: a bool tensor broadcastable to [B, Hq, Sq, Sk] (True: attend), Causal(),
+        SlidingWindow(left, right), KeyLengths(n), QueryLengths(n), or several of them joined by &. A masked pair is
+        absent: nothing of it, not even a NaN, reaches the results or the gradients.
     bias: added to the scores: broadcastable to [B, Hq, Sq, Sk], of q's dtype or float32; -inf masks.
-    align: where query i sits among the keys, for Causal and SlidingWindow: at i ("top-left"), at i + Sk - Sq ("bottom-right",
-        by each sequence's own lengths where they are given), or at i + n (n an int, or an int tensor [B]).
+    align: where query i sits among the keys, for Causal and SlidingWindow: at i ("top-left"), at i + Sk - Sq
+        ("bottom-right"; by each sequence's own lengths where given), or at i + n (n an int, or an int tensor [B]).
     scale: 1 / sqrt(D) by default.
 
-    Returns out [B, Hq, Sq, Dv] of q's dtype; with return_lse also lse [B, Hq, Sq], float32 (float64 for float64). A query with
-    nothing to attend to has out = 0 and lse = -inf, and gives no gradient. Both are differentiable in q, k, v and bias.
-    Raises RuntimeError, TypeError or ValueError that name the argument, what was expected, and what came.
+    Returns out [B, Hq, Sq, Dv] of q's dtype; with return_lse also lse [B, Hq, Sq], float32 (float64 for float64). A
+    query with nothing to attend to has out = 0 and lse = -inf, and gives no gradient. Both are differentiable in q, k,
+    v and bias. Raises RuntimeError, TypeError or ValueError that name the argument, what was expected, and what came.
     """
-    _check("attention", q=q, k=k, v=v)
+    _check("heedful.attention", ("q", "k", "v"), (q, k, v))
     if bias is not None:
         bias = at_rank_4(bias, "bias")
     if mask is None:
@@ -68,17 +68,17 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, with its arguments, shapes, results and errors.
 
-    query [..., Hq, Sq, D], key [..., Hk, Sk, D], value [..., Hk, Sk, Dv], of two dimensions or more -> [..., Hq, Sq, Dv].
-    Dimensions before the last two broadcast; with enable_gqa, Hq may be a multiple of Hk. attn_mask: bool (True: attend), or of
-    query's dtype or float32 (added to the scores), broadcastable to [..., Hq, Sq, Sk]. is_causal: query i attends to the keys
-    up to i; not together with attn_mask. Dropout is not supported yet: dropout_p must be 0.
+    query [..., Hq, Sq, D], key [..., Hk, Sk, D], value [..., Hk, Sk, Dv], two dimensions or more -> [..., Hq, Sq, Dv].
+    Dimensions before the last two broadcast; with enable_gqa, Hq may be a multiple of Hk. attn_mask: bool (True:
+    attend), or of query's dtype or float32 (added to the scores), broadcastable to [..., Hq, Sq, Sk]. is_causal: query
+    i attends to the keys up to i; not together with attn_mask. Dropout is not supported yet: dropout_p must be 0.
     """
     if dropout_p != 0.0:
         raise NotImplementedError(
             f"{_SDPA}: dropout_p: expected 0, got {dropout_p}: dropout is not supported yet; "
             "torch.nn.functional.scaled_dot_product_attention has it"
         )
-    _check("scaled_dot_product_attention", query=query, key=key, value=value)
+    _check(_SDPA, ("query", "key", "value"), (query, key, value))
     right = 0 if is_causal else None
     if attn_mask is None and query.dim() == key.dim() == value.dim() == 4:
         (batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = query.shape, key.shape, value.shape
@@ -88,19 +88,25 @@ def scaled_dot_product_attention(
     return _broadcasting(query, key, value, attn_mask, right, scale, enable_gqa)
 
 
-def _check(function: str, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
+def _check(function: str, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
+    for name, x in zip(names, tensors):
         if not isinstance(x, Tensor):
-            raise TypeError(f"heedful.{function}: {name}: expected a tensor, got {type(x).__name__}")
+            raise TypeError(f"{function}: {name}: expected a tensor, got {type(x).__name__}")
         if x.is_nested:
             raise NotImplementedError(
-                f"heedful.{function}: {name}: expected a dense tensor, got a nested one; pad it "
+                f"{function}: {name}: expected a dense tensor, got a nested one; pad it "
                 "(torch.nested.to_padded_tensor) and pass mask=heedful.KeyLengths(lengths) to heedful.attention"
             )
 
 
 def _broadcasting(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, right: int | None, scale: float | None, gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    right: int | None,
+    scale: float | None,
+    gqa: bool,
 ) -> Tensor:
     """Any ranks and any shapes that broadcast, brought to [B, H, S, D]; nothing is copied that strides can express."""
     if not isinstance(attn_mask, Tensor | None):

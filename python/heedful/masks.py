@@ -1,8 +1,8 @@
 """Which pairs of a query and a key may meet: mask objects, and the arguments that they come down to.
 
-A mask is an intersection of at most four things, so that is all that a :class:`Mask` holds: a boolean tensor, a band of
-keys around the query's position, and how many queries and keys each sequence of the batch has. ``&`` intersects them one
-by one; :meth:`Mask.lower` hands them to the operators; :func:`allowed` is their definition.
+Every mask is an intersection of four things, so they are all that a :class:`Mask` holds: a boolean tensor, a band of
+keys around the query's position, and how many queries and keys each sequence of the batch has. ``&`` intersects them
+one by one, :meth:`Mask.lower` hands them to the operators, and :func:`allowed` is their definition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Lowered = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int,
 
 
 class Mask:
-    """An intersection of masks; made by :class:`Causal` and the others, and by ``&`` between them and boolean tensors."""
+    """An intersection of masks, made by :class:`Causal` and the others and by ``&``, with boolean tensors too."""
 
     __slots__ = ("k_lengths", "left", "q_lengths", "right", "tensor")
 
@@ -78,7 +78,7 @@ class Mask:
         return " & ".join(parts) or "Mask()"
 
     def lower(self, q_length: int, k_length: int, batch: int, like: Tensor, align: Align) -> Lowered:
-        """The operators' arguments for this mask. Lengths are moved to the device of ``like``; the boolean tensor is not."""
+        """The operators' arguments for this mask. Lengths move to the device of ``like``; the boolean tensor stays."""
         q_lengths = None if self.q_lengths is None else _lengths(self.q_lengths, batch, like)
         k_lengths = None if self.k_lengths is None else _lengths(self.k_lengths, batch, like)
         q_start, q_starts = positions(align, q_length, k_length, q_lengths, k_lengths, like)
@@ -127,7 +127,8 @@ class Mask:
         except ImportError as error:
             raise ImportError("heedful: Mask.plot needs matplotlib: pip install matplotlib") from error
         ax = pyplot.subplots()[1] if ax is None else ax
-        ax.imshow(self.to_dense(q_length, k_length, align=align)[batch, head].cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
+        picture = self.to_dense(q_length, k_length, align=align)[batch, head]
+        ax.imshow(picture.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
         ax.set(xlabel="key", ylabel="query", title=repr(self))
         return ax
 
@@ -151,7 +152,7 @@ class SlidingWindow(Mask):
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
                 raise TypeError(f"heedful.SlidingWindow: {name}: expected an int or None, got {value!r}")
             if value is not None and value < 0:
-                raise ValueError(f"heedful.SlidingWindow: {name}: expected at least 0, or None (unbounded), got {value}")
+                raise ValueError(f"heedful.SlidingWindow: {name}: expected 0 or more, or None (unbounded), got {value}")
         super().__init__(left=left, right=right)
 
 
@@ -205,7 +206,7 @@ def allowed(
     left: int | None,
     right: int | None,
 ) -> Tensor:
-    """What lowered masks mean: bool, broadcastable to [B, Hq, len(rows), k_length], for the queries ``rows``, int64 [n]."""
+    """What a lowered mask means for the queries ``rows``, int64 [n]: bool, broadcastable to [B, Hq, n, k_length]."""
     keys = torch.arange(k_length, device=rows.device)
     position = rows[:, None] + (q_start if q_starts is None else q_starts[:, None, None, None])
     seen = torch.ones(1, 1, len(rows), k_length, dtype=torch.bool, device=rows.device)
@@ -231,23 +232,24 @@ def positions(
     like: Tensor,
 ) -> tuple[int, Tensor | None]:
     """The position of the first query: (one for all, None), or (0, int64 [B])."""
+    wrong = f'heedful.attention: align: expected "top-left", "bottom-right", an int or an int tensor [B], got {align!r}'
     if isinstance(align, str):
         if align == "top-left":
             return 0, None
-        if align == BOTTOM_RIGHT:
-            if q_lengths is None and k_lengths is None:
-                return k_length - q_length, None
-            last_q = q_length if q_lengths is None else q_lengths.clamp(0, q_length)
-            last_k = k_length if k_lengths is None else k_lengths.clamp(0, k_length)
-            return 0, last_k - last_q
-        raise ValueError(f'heedful.attention: align: expected "top-left", "bottom-right", an int or a tensor, got {align!r}')
+        if align != BOTTOM_RIGHT:
+            raise ValueError(wrong)
+        if q_lengths is None and k_lengths is None:
+            return k_length - q_length, None
+        last_q = q_length if q_lengths is None else q_lengths.clamp(0, q_length)
+        last_k = k_length if k_lengths is None else k_lengths.clamp(0, k_length)
+        return 0, last_k - last_q
     if isinstance(align, Tensor):
         if align.dtype not in INTEGERS:
             raise TypeError(f"heedful.attention: align: expected an int tensor [B], got a tensor of {align.dtype}")
         return 0, align.to(like.device, torch.int64)
     if isinstance(align, (int, torch.SymInt)) and not isinstance(align, bool):
         return align, None
-    raise TypeError(f'heedful.attention: align: expected "top-left", "bottom-right", an int or a tensor, got {align!r}')
+    raise TypeError(wrong)
 
 
 def at_rank_4(tensor: Tensor, name: str) -> Tensor:

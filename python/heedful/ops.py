@@ -1,18 +1,18 @@
 """The operators, and all that torch wants of them from Python: shapes, gradients, tangents, vmap, autocast.
 
-``libheedful.so`` defines and computes ``heedful::attention_forward`` and ``heedful::attention_backward``. Here :func:`forward`
-and :func:`backward` call them by the first of these ways that fits:
+``libheedful.so`` defines and computes ``heedful::attention_forward`` and ``heedful::attention_backward``. Here
+:func:`forward` and :func:`backward` call them by the first of these ways that fits:
 
 - torch.compile, torch.export: as operators, with a registered gradient;
-- forward mode, torch.func: in an autograd.Function with setup_context, jvp and vmap, because a registered gradient is not
-  enough: torch.func.grad refuses it, and torch.func.jvp takes it and gives zeros;
-- a gradient is wanted: in an autograd.Function as plain as can be, which costs a fifth of a registered gradient's time;
+- forward mode, torch.func: in an autograd.Function with setup_context, jvp and vmap, because a registered gradient is
+  not enough: torch.func.grad refuses it, and torch.func.jvp takes it and gives zeros;
+- a gradient is wanted: in an autograd.Function as plain as can be, at a fraction of a registered gradient's overhead;
 - else the kernel at once, past autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def forward(
     """(out [B, Hq, Sq, Dv], lse [B, Hq, Sq]) of q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]."""
     if not (q.is_cpu or q.is_meta):
         raise NotImplementedError(
-            f"heedful.attention: q: expected a tensor on the CPU, got one on {q.device}: this build of heedful has kernels "
-            "for the CPU alone. heedful.reference.attention runs on any device; heedful.explain(q, k, v) says more"
+            f"heedful.attention: q: expected a tensor on the CPU, got one on {q.device}: this build of heedful has "
+            "kernels for the CPU alone. heedful.reference.attention runs on any device; heedful.explain says more"
         )
     tensors = (q, k, v, mask, bias, q_lengths, k_lengths, q_starts)
     options = {"q_start": q_start, "left": left, "right": right, "scale": scale}
@@ -75,7 +75,7 @@ def forward(
 
 
 def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
-    """(dq, dk, dv, dbias or None). tensors: dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts."""
+    """(dq, dk, dv, dbias or None) of dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts."""
     if torch.compiler.is_compiling():
         return _backward_op(*tensors, **options)
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
@@ -97,8 +97,14 @@ def _expect(argument: str, expected: Any, got: Any) -> None:
         raise RuntimeError(f"heedful.attention: {argument}: expected {expected}, got {got}")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What the shapes of the results stand on; all the rest is checked where the results are computed."""
+OTHERS = ("mask", "bias", "q_lengths", "k_lengths", "q_starts")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
+    """One device, and what the shapes of the results stand on; the rest is checked where the results are computed."""
+    for name, x in others:
+        if x is not None:
+            _expect(name, q.device, x.device)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _expect(name, "4 dimensions", f"{x.dim()} dimensions")
         _expect(name, q.device, x.device)
@@ -119,14 +125,15 @@ def _follow(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    _check(q, k, v)
+    _check(q, k, v, zip(OTHERS, others))
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return _follow((*q.shape[:3], v.shape[3]), q), lse
 
 
 def _backward_fake(*tensors: Tensor | None, **options: Any) -> Tensors:
-    _, _, q, k, v, _, _, _, bias, *_ = _all_of(12, tensors)
-    _check(q, k, v)
+    dout, dlse, q, k, v, out, lse, *others = _all_of(12, tensors)
+    bias = others[1]
+    _check(q, k, v, (("dout", dout), ("dlse", dlse), ("out", out), ("lse", lse), *zip(OTHERS, others)))
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if options.get("bias_grad") else None
     return _follow(q.shape, q), _follow(k.shape, k), _follow(v.shape, v), dbias
 
@@ -172,7 +179,8 @@ def _saved_by_backward(saved: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _materialize(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> Tensors:
-    return tuple(x if g is None and x is None else torch.zeros_like(x) if g is None else g for g, x in zip(grads, like))
+    """Zeros for the gradients or tangents that are None, except of tensors that are None."""
+    return tuple(g if g is not None or x is None else torch.zeros_like(x) for g, x in zip(grads, like))
 
 
 class _Recorded(torch.autograd.Function):
@@ -261,7 +269,7 @@ def _fold(x: Tensor | None, dim: int | None, size: int, batch: int, broadcasts: 
 
 
 def _fold_all(size: int, dims: Sequence[int | None], tensors: Tensors, q: int, mask: int) -> tuple[int, list]:
-    """The batch size without the mapped dimension, and every tensor folded. q, mask: their places; bias follows mask."""
+    """The batch size without the mapped dimension, and the tensors folded. q, mask: their places; bias follows mask."""
     batch = tensors[q].shape[0 if dims[q] is None else int(dims[q] == 0)]
     return batch, [_fold(x, d, size, batch, i in (mask, mask + 1)) for i, (x, d) in enumerate(zip(tensors, dims))]
 
@@ -278,9 +286,8 @@ def _forward_vmap(call: Callable[..., Tensors], size: int, dims: tuple, tensors:
 def _backward_vmap(call: Callable[..., Tensors], size: int, dims: tuple, tensors: Tensors, options: Options) -> tuple:
     batch, folded = _fold_all(size, dims, tensors, q=2, mask=7)
     bias = folded[8]
-    shared = bias is not None and bias.shape[0] != size * batch  # the same bias for all: each needs a gradient of its own
-    if shared and options.get("bias_grad"):
-        folded[8] = bias.expand(size * batch, *bias.shape[1:])
+    if bias is not None and options.get("bias_grad"):
+        folded[8] = bias.expand(size * batch, *bias.shape[1:])  # where all share one, each needs a gradient of its own
     *grads, dbias = call(*folded, **options)
     grads = [_unfold(x, size, batch) for x in grads]
     if dbias is None:

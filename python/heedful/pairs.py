@@ -32,7 +32,7 @@ def contract(w: Tensor, b: Tensor, seen: Tensor) -> Tensor:
 def tangents(rule: Callable[..., Any]) -> Callable[..., Any]:
     """A jvp from ``rule(ctx, saved, *tangents)``, one that forward mode can differentiate in its turn.
 
-    NOTE: torch runs a jvp with forward mode off, so that of two nested transforms the outer one would silently get zeros.
+    NOTE: torch runs a jvp with forward mode off: of two nested transforms the outer one would silently get zeros.
     """
 
     @functools.wraps(rule)

@@ -4,8 +4,9 @@
     p   = exp(s - lse),  lse = log(sum_j exp(s))
     out = sum_j p * v_j
 
-A pair whose score is -inf is absent: it takes no part, forward or backward, whatever its numbers are. A query with nothing
-to attend to gives out = 0, lse = -inf and zero gradients. It takes memory for Sq x Sk scores, and is differentiable twice.
+A pair whose score is -inf is absent: it takes no part, forward or backward, whatever its numbers are. A query with
+nothing to attend to gives out = 0, lse = -inf and zero gradients. It takes memory for Sq x Sk scores; it can be
+differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`heedful.attention`, with the same arguments and results. Half precision is computed in float32."""
-    (batch, q_heads, q_length, head_dim), (kv_heads, k_length) = q.shape, k.shape[1:3]
+    (_, q_heads, _, head_dim), kv_heads = q.shape, k.shape[1]
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads):
         raise RuntimeError(f"heedful.attention: q: expected heads a multiple of {kv_heads} (those of k), got {q_heads}")
     work = torch.promote_types(q.dtype, torch.float32)
@@ -42,8 +43,8 @@ def attention(
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
 
     seen = _seen(mask, q, k, align)
-    with torch.no_grad():  # a score can be -inf by itself or by its bias
-        seen = seen & (scale * scores(queries, keys, seen) + bias != -torch.inf)
+    with torch.no_grad():  # a score can be -inf by itself, and is by a bias of -inf even where the product is NaN
+        seen = seen & (bias != -torch.inf) & (scale * scores(queries, keys, seen) + bias != -torch.inf)
     s = torch.where(seen, scale * scores(queries, keys, seen) + bias, -torch.inf)
     alive = seen.any(-1, keepdim=True)
     lse = torch.where(alive, s, 0).logsumexp(-1, keepdim=True)

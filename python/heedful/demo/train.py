@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Batch = tuple[Tensor, Tensor]
 
 WARM_UP_STEPS = 5  # of those that count for speed, the first few are left out
-PEAK_RATE = 2e-3
+PEAK_RATE = 6e-3
 RISE = 30  # steps until the learning rate is at its peak
 LAST_SHARE = 0.1  # of the peak, at the last step
 

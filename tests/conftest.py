@@ -1,0 +1,68 @@
+"""Backends, hypothesis profiles with a printed seed, and the precision table at the end of a run."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from backends import BACKENDS, Backend
+
+# Kernels give the same bits for any number of threads (test_determinism.py shows it), so one does, and it leaves the
+# other cores to whoever else runs on the machine.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("ci", max_examples=150, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HEEDFUL_HYPOTHESIS", "ci"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Each backend in turn; where the machine lacks it the test is skipped and says why."""
+    chosen = Backend.named(request.param)
+    if reason := chosen.missing():
+        pytest.skip(f"{chosen.name}: {reason}")
+    monkeypatch.setenv("HEEDFUL_CPU_ISA", chosen.isa)
+    yield chosen
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test call torch.set_num_threads; restores the number afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def dirty_memory() -> Iterator[None]:
+    """Every tensor that torch leaves uninitialised holds NaN, so that what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Every run draws new random cases; --hypothesis-seed repeats one."""
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what repeats this run, and the geometric means of the precision ratios that it has measured."""
+    seed, profile = config.option.hypothesis_seed, os.environ.get("HEEDFUL_HYPOTHESIS", "ci")
+    terminalreporter.section("random cases")
+    terminalreporter.write_line(f"torch {torch.__version__}  HEEDFUL_HYPOTHESIS={profile}  --hypothesis-seed={seed}")
+    if (precision := sys.modules.get("precision")) and (lines := precision.table()):
+        terminalreporter.section("rms error / torch's in the same dtype, geometric means (at most 1.0)")
+        for line in lines:
+            terminalreporter.write_line(line)

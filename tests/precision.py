@@ -1,0 +1,151 @@
+"""Rounding errors beside those of torch in the same dtype, both against the float64 truth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import oracle
+from cases import Case, Problem, build, causal, reference_results, short
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("out", "dq", "dk", "dv", "dbias")
+MEANS_AT_MOST = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+
+# Every query sees a key, and torch has every feature, so that torch's own attention is the peer.
+BESIDE_TORCH = (
+    Case((1, 2, 2, 128, 128, 64, 64), seed=1),
+    Case((2, 2, 2, 197, 197, 64, 64), seed=2),
+    Case((1, 2, 2, 300, 300, 32, 32), seed=3),
+    Case((1, 1, 1, 64, 1024, 64, 64), seed=4),
+    Case((1, 1, 1, 257, 65, 128, 128), seed=5),
+    Case((2, 4, 4, 17, 33, 40, 40), seed=6),
+    Case((1, 2, 2, 129, 129, 17, 33), seed=7),
+    Case((1, 6, 2, 100, 150, 64, 64), seed=8),
+    Case((2, 2, 2, 128, 128, 64, 64), layouts=("bshd",), seed=9),
+    causal((1, 2, 2, 197, 197, 64, 64), seed=10),
+    causal((1, 2, 2, 512, 512, 32, 32), seed=11),
+    causal((1, 4, 2, 70, 300, 80, 80), seed=12),
+    Case((1, 2, 2, 200, 200, 64, 64), left=50, right=0, seed=13),
+    Case((2, 2, 2, 128, 128, 64, 64), k_lengths=(100, 65), seed=14),
+    Case((2, 2, 2, 100, 128, 64, 64), mask="bhqk", seed=15),
+    Case((2, 2, 2, 100, 128, 64, 64), bias="hqk", seed=16),
+    Case((2, 4, 4, 100, 128, 32, 32), bias="bhqk", right=30, seed=17),
+    Case((2, 2, 2, 64, 64, 64, 64), bias="bk", seed=18),
+    Case((2, 2, 2, 100, 128, 64, 64), bias="hqk", wide_bias=True, seed=22),
+    Case((1, 2, 2, 128, 128, 64, 64), gain=4.0, seed=19),  # peaked scores
+    Case((1, 2, 2, 128, 128, 64, 64), scale=0.01, seed=20),  # nearly uniform weights
+    Case((1, 2, 2, 128, 128, 64, 64), shift=3.0, seed=21),  # values far from zero
+)
+# torch returns no lse: the peer is heedful.reference in the inputs' dtype (which computes half precision in float32).
+BESIDE_REFERENCE = (
+    Case((1, 2, 2, 128, 128, 64, 64), seed=31),
+    causal((1, 4, 2, 100, 197, 64, 32), seed=32),
+    Case((2, 2, 2, 128, 128, 64, 64), right=0, shift=3.0, seed=33),
+)
+
+
+@dataclass(frozen=True)
+class Error:
+    """Root mean square and largest error of heedful and of its peer, and one ulp at the truth's largest value."""
+
+    rms: float
+    peer_rms: float
+    worst: float
+    peer_worst: float
+    ulp: float
+
+    @classmethod
+    def of(cls, got: Tensor, peer: Tensor, truth: Tensor) -> Error:
+        mine, theirs = ((x.double().cpu() - truth).abs() for x in (got, peer))
+        top = truth.abs().max().item()
+        ulp = torch.finfo(got.dtype).eps * 2 ** math.floor(math.log2(top)) if top else 0.0
+        rms, peer_rms = (x.square().mean().sqrt().item() for x in (mine, theirs))
+        return cls(rms, peer_rms, mine.max().item(), theirs.max().item(), ulp)
+
+    def faults(self) -> list[str]:
+        """What breaks the rule: rms <= 1.5 x and max <= 2 x the peer's, each plus one ulp at the largest value."""
+        faults = []
+        if not self.rms <= 1.5 * self.peer_rms + self.ulp:
+            faults.append(f"rms error {self.rms:.3g}, torch's {self.peer_rms:.3g}, ulp {self.ulp:.3g}")
+        if not self.worst <= 2 * self.peer_worst + self.ulp:
+            faults.append(f"largest error {self.worst:.3g}, torch's {self.peer_worst:.3g}, ulp {self.ulp:.3g}")
+        return faults
+
+
+def torch_results(problem: Problem) -> dict[str, Tensor]:
+    """out and its gradients of torch's own attention, in the inputs' dtype."""
+    case, options = problem.case, dict(problem.options)
+    batch, heads, _, queries, keys, _, _ = case.sizes
+    leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    bias, scale = options.pop("bias", None), options.pop("scale", None)
+    is_causal = options == {"right": 0}
+    seen = None
+    if options and not is_causal:
+        seen = oracle.seen_pairs((batch, heads, queries, keys), **options)
+    mask = seen
+    if bias is not None:
+        leaves.append(bias.to(problem.q.dtype, copy=True).requires_grad_())
+        mask = leaves[-1] if seen is None else torch.where(seen, leaves[-1], -math.inf)
+    gqa = case.sizes[1] != case.sizes[2]
+    out = F.scaled_dot_product_attention(*leaves[:3], mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    gradients = torch.autograd.grad(out, leaves, problem.dout)
+    return dict(zip(KINDS, (out.detach(), *gradients), strict=False))
+
+
+def drawn(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    """The problem of `case`. Beside torch, lse has no gradient, and a wide bias holds numbers of `dtype`."""
+    problem = build(case, dtype, device)
+    if case in BESIDE_TORCH:
+        problem.dlse = torch.zeros_like(problem.dlse)
+        if case.wide_bias:
+            problem.options["bias"] = problem.options["bias"].to(dtype).float()
+    return problem
+
+
+def errors_of(got: dict[str, Tensor], peer: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Error]:
+    return {name: Error.of(got[name], peer[name], truth[name]) for name in peer}
+
+
+MEASURED: dict[tuple[str, str, Case], dict[str, Error]] = {}
+
+
+@cache
+def peers_and_truth(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The peer's results and the truth, which are the same for every backend."""
+    problem = drawn(case, dtype)
+    peer = torch_results(problem) if case in BESIDE_TORCH else reference_results(problem)
+    return {kind: peer[kind] for kind in KINDS if kind in peer}, problem.truth().values
+
+
+def measure(case: Case, dtype: torch.dtype, backend: str, device: str) -> dict[str, Error]:
+    """The errors of each tensor of `case`, measured once for each backend, which the caller has forced."""
+    key = (backend, short(dtype), case)
+    if key not in MEASURED:
+        MEASURED[key] = errors_of(drawn(case, dtype, device).results(), *peers_and_truth(case, dtype))
+    return MEASURED[key]
+
+
+def geometric_means(backend: str, dtype: str) -> dict[str, float]:
+    """By kind of tensor, the geometric mean of the rms ratios measured so far (none where the peer has no error)."""
+    means = {}
+    for kind in KINDS:
+        errors = [found[kind] for key, found in MEASURED.items() if key[:2] == (backend, dtype) and kind in found]
+        logs = [math.log(error.rms / error.peer_rms) for error in errors if error.rms and error.peer_rms]
+        if logs:
+            means[kind] = math.exp(sum(logs) / len(logs))
+    return means
+
+
+def table() -> list[str]:
+    """One line for each backend and dtype that was measured."""
+    lines = []
+    for backend, dtype in sorted({key[:2] for key in MEASURED}):
+        cells = "  ".join(f"{kind} {mean:.3f}" for kind, mean in geometric_means(backend, dtype).items())
+        lines.append(f"{backend:<13} {dtype:<9} {cells}")
+    return lines

@@ -1,0 +1,191 @@
+"""attention_backward: against the float64 truth across tiles, and by gradcheck through out and lse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import cases
+from backends import Backend
+from cases import Case, build, causal, check
+
+DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", [*cases.TABLE, *cases.EMPTY], ids=str)
+def test_table(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
+    check(build(case, dtype, backend.device))
+
+
+@pytest.mark.parametrize("queries", cases.LENGTHS)
+@pytest.mark.parametrize("options", [{}, {"right": 0}, {"left": 33, "right": 20}], ids=["full", "causal", "window"])
+def test_lengths(queries: int, options: dict, backend: Backend) -> None:
+    """Every second pair of lengths around the ends of tiles; bottom-right where there is a band."""
+    first = cases.LENGTHS.index(queries) % 2
+    for keys in cases.LENGTHS[first::2]:
+        start = keys - queries if options else 0
+        case = Case((1, 1, 1, queries, keys, 4, 4), q_start=start, bias="hqk" if keys % 3 else None, **options)
+        check(build(case, torch.float32, backend.device))
+
+
+@DTYPES
+@pytest.mark.parametrize("width", cases.WIDTHS)
+def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
+    for v_width in {width, 7, 64}:
+        check(build(causal((1, 2, 1, 17, 70, width, v_width)), dtype, backend.device))
+        check(build(Case((1, 2, 1, 66, 19, v_width, width), layouts=("bshd",)), dtype, backend.device))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 32])
+def test_groups_of_query_heads(group: int, backend: Backend) -> None:
+    for queries in (1, 3, 20):
+        for kv_heads in (1, 2):
+            case = causal((2, kv_heads * group, kv_heads, queries, 70, 16, 16))
+            check(build(case, torch.float32, backend.device))
+
+
+WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (18, 20), (9, 3)], ids=str)
+def test_every_small_offset(sizes: tuple[int, int], window: tuple[int | None, int | None], backend: Backend) -> None:
+    (queries, keys), (left, right) = sizes, window
+    for start in range(-max(queries, keys) - 3, max(queries, keys) + 4):
+        case = Case((1, 1, 1, queries, keys, 3, 3), left=left, right=right, q_start=start)
+        check(build(case, torch.float32, backend.device))
+
+
+@pytest.mark.parametrize("window", [(None, 0), (40, 10), (64, None), (0, 63)], ids=str)
+def test_every_offset_across_tiles(window: tuple[int | None, int | None], backend: Backend) -> None:
+    """All offsets at once: each sequence of the batch has its own."""
+    queries, keys = 70, 140
+    starts = tuple(range(-queries - 3, keys + 4))
+    left, right = window
+    sizes = (len(starts), 1, 1, queries, keys, 3, 3)
+    check(build(Case(sizes, left=left, right=right, q_starts=starts), torch.float32, backend.device))
+
+
+@pytest.mark.parametrize("shape", cases.BROADCASTS, ids=lambda shape: shape or "one")
+def test_bias_gradient_of_every_broadcast_shape(shape: str, backend: Backend) -> None:
+    """Summed over its broadcast dimensions across tiles, heads and sequences, in the bias's own dtype."""
+    for dtype in cases.FULL_DTYPES:
+        for wide in (False, True):
+            case = Case((2, 4, 2, 70, 150, 8, 8), bias=shape, wide_bias=wide, holes=0.1, k_lengths=(150, 65), right=9)
+            check(build(case, dtype, backend.device))
+
+
+def test_float32_bias_beside_float64(backend: Backend) -> None:
+    """A float32 bias serves every dtype; its gradient is float32 too, and as good as that allows."""
+    problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", holes=0.1), torch.float64, backend.device)
+    problem.options["bias"] = problem.options["bias"].float()
+    results = problem.results()
+    dbias = results.pop("dbias")
+    assert dbias.dtype is torch.float32
+    truth = problem.truth()
+    check(problem, results, truth)
+    torch.testing.assert_close(dbias.double().cpu(), truth.values["dbias"], rtol=2e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", ["scalar", "expand_s", "expand_d", "bhds", "strided", "bshd", "negated"])
+def test_gradients_arrive_in_any_layout(layout: str, backend: Backend) -> None:
+    """dout and dlse as autograd hands them over: expanded from one number, transposed, sliced."""
+    problem = build(
+        causal((2, 4, 2, 35, 70, 24, 17), layouts=("contiguous",) * 3 + (layout,)), torch.float32, backend.device
+    )
+    generator = torch.Generator().manual_seed(1)
+    dlse = cases.filled((*problem.dlse.shape, 1), layout, generator).squeeze(-1)
+    problem.dlse = cases.cast(dlse, torch.float32, backend.device)
+    check(problem)
+
+
+def test_saved_results_in_any_layout(backend: Backend) -> None:
+    """The op called directly takes out and lse as they come, strided and not contiguous."""
+    problem = build(causal((2, 4, 2, 35, 70, 24, 17)), torch.float32, backend.device)
+    out, lse = problem.forward()
+    out, lse = (torch.stack((x, x.neg()), -1)[..., 0] for x in (out, lse))
+    assert not (out.is_contiguous() or lse.is_contiguous())
+    inputs = (problem.dout, problem.dlse, problem.q, problem.k, problem.v, out, lse)
+    gradients = torch.ops.heedful.attention_backward(*inputs, **problem.options)
+    check(problem, dict(zip(("dq", "dk", "dv"), gradients[:3], strict=True)))
+
+
+def test_without_a_gradient_of_lse(backend: Backend) -> None:
+    """dlse=None is a gradient of zero; bias_grad=False gives no gradient of the bias."""
+    problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk"), torch.float32, backend.device)
+    out, lse = problem.forward()
+    tensors = (problem.q, problem.k, problem.v, out, lse)
+    backward = torch.ops.heedful.attention_backward
+    *some, none = backward(problem.dout, None, *tensors, **problem.options)
+    *same, dbias = backward(problem.dout, torch.zeros_like(lse), *tensors, **problem.options, bias_grad=True)
+    assert none is None and dbias is not None
+    assert all(torch.equal(a, b) for a, b in zip(some, same, strict=True))
+    problem.dlse = torch.zeros_like(problem.dlse)
+    check(problem)
+
+
+def gradcheck_case(case: Case, device: str, wanted: str = "qkvb", **how: Any) -> None:
+    """gradcheck in float64 of out and of lse where it is finite, for the inputs named by `wanted`."""
+    problem = build(case, torch.float64, device)
+    bias = problem.options.pop("bias", None)
+    inputs = {"q": problem.q, "k": problem.k, "v": problem.v, "b": bias}
+    leaves = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs.items() if x is not None}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.heedful.attention_forward(q, k, v, bias=b, **problem.options)
+        return out, lse.where(lse != -torch.inf, 0)  # finite differences of -inf are NaN
+
+    assert gradcheck(call, tuple(leaves.values()), **how)
+
+
+GRADCHECKED = (
+    Case((2, 2, 2, 3, 5, 3, 3)),
+    Case((1, 4, 2, 3, 5, 3, 2)),
+    Case((1, 6, 1, 2, 3, 1, 4)),
+    causal((1, 2, 1, 5, 7, 3, 2)),
+    Case((1, 2, 1, 5, 7, 3, 2), right=0),
+    Case((1, 2, 1, 5, 7, 3, 2), right=0, q_start=-2),
+    Case((2, 2, 1, 5, 7, 3, 2), right=0, q_starts=(-2, 3)),
+    Case((1, 2, 1, 5, 7, 3, 2), left=2, right=1, q_start=1),
+    Case((2, 2, 1, 5, 7, 3, 2), left=1, q_starts=(0, 9)),
+    Case((3, 2, 1, 4, 6, 3, 2), k_lengths=(6, 0, 3)),
+    Case((3, 2, 1, 4, 6, 3, 2), q_lengths=(4, 0, 3), k_lengths=(1, 5, 6), right=0, q_starts=(2, 1, 0)),
+    Case((2, 2, 1, 4, 6, 3, 2), mask="bhqk"),
+    Case((2, 2, 1, 4, 6, 3, 2), mask="k", scale=0.7),
+    *(Case((2, 2, 1, 4, 6, 2, 3), bias=shape, seed=n) for n, shape in enumerate(cases.BROADCASTS)),
+    Case((2, 2, 2, 4, 6, 3, 2), bias="hqk", mask="bk", right=0, q_start=2),
+    Case((2, 2, 2, 4, 6, 3, 2), bias="bqk", holes=0.4),
+    Case((1, 2, 1, 3, 4, 0, 2), bias="qk"),
+    Case((1, 2, 1, 3, 4, 2, 0)),
+    Case((2, 2, 1, 3, 4, 3, 2), layouts=("bshd", "bhds", "strided")),
+)
+
+
+@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
+def test_gradcheck(case: Case, backend: Backend) -> None:
+    gradcheck_case(case, backend.device)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "b", "qk", "vb"])
+def test_gradcheck_of_some_inputs(wanted: str, backend: Backend) -> None:
+    """The inputs that need no gradient change nothing for those that do."""
+    gradcheck_case(Case((2, 4, 2, 3, 5, 3, 2), bias="hqk", right=1), backend.device, wanted)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 2, 1, 70, 130, 17, 9), bias="qk"),
+        causal((1, 2, 2, 129, 129, 33, 40)),
+        Case((2, 2, 1, 66, 150, 8, 8), left=40, right=3, q_starts=(0, 84), k_lengths=(150, 101), bias="bk"),
+    ],
+    ids=str,
+)
+def test_gradcheck_across_tiles(case: Case, backend: Backend) -> None:
+    """In random directions, which is what gradcheck's fast mode does: one number for each input and output."""
+    gradcheck_case(case, backend.device, fast_mode=True)

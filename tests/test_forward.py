@@ -1,0 +1,151 @@
+"""attention_forward against the float64 truth: the table of cases, sizes around tiles' ends, every offset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cases
+import heedful
+import oracle
+from backends import Backend
+from cases import Case, Problem, build, causal, check, function_results, reference_results
+
+DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
+
+
+def check_forward(problem: Problem) -> None:
+    check(problem, dict(zip(("out", "lse"), problem.forward(), strict=True)))
+
+
+@DTYPES
+@pytest.mark.parametrize("case", cases.TABLE, ids=str)
+def test_table(case: Case, dtype: torch.dtype, backend: Backend) -> None:
+    check_forward(build(case, dtype, backend.device))
+
+
+@DTYPES
+@pytest.mark.parametrize("case", cases.EMPTY, ids=str)
+def test_nothing_to_attend_to(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
+    problem = build(case, dtype, backend.device)
+    check_forward(problem)
+    out, lse = problem.forward()
+    dead = lse == -torch.inf
+    assert dead.all() or 0 in case.sizes[5:], "the case is meant to be one of empty rows"
+    assert (out[dead] == 0).all() and not out[dead].signbit().any()
+
+
+@pytest.mark.parametrize("queries", cases.LENGTHS)
+@pytest.mark.parametrize("options", [{}, {"right": 0}, {"left": 33, "right": 20}], ids=["full", "causal", "window"])
+def test_lengths(queries: int, options: dict, backend: Backend) -> None:
+    """Every pair of lengths around the ends of tiles; bottom-right where there is a band."""
+    for keys in cases.LENGTHS:
+        start = keys - queries if options else 0
+        check_forward(
+            build(Case((1, 1, 1, queries, keys, 4, 4), q_start=start, **options), torch.float32, backend.device)
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize("width", cases.WIDTHS)
+def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
+    for v_width in {width, 7, 64}:
+        check_forward(build(causal((1, 2, 1, 17, 70, width, v_width)), dtype, backend.device))
+        check_forward(build(Case((1, 2, 1, 66, 19, v_width, width), layouts=("bshd",)), dtype, backend.device))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 32])
+@pytest.mark.parametrize("queries", [1, 3, 20])
+def test_groups_of_query_heads(group: int, queries: int, backend: Backend) -> None:
+    for kv_heads in (1, 2):
+        case = causal((2, kv_heads * group, kv_heads, queries, 70, 16, 16))
+        check_forward(build(case, torch.float32, backend.device))
+
+
+WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (18, 20), (9, 3)], ids=str)
+def test_every_small_offset(sizes: tuple[int, int], window: tuple[int | None, int | None], backend: Backend) -> None:
+    (queries, keys), (left, right) = sizes, window
+    for start in range(-max(queries, keys) - 3, max(queries, keys) + 4):
+        case = Case((1, 1, 1, queries, keys, 3, 3), left=left, right=right, q_start=start)
+        check_forward(build(case, torch.float32, backend.device))
+
+
+@pytest.mark.parametrize("window", [(None, 0), (40, 10), (64, None), (0, 63)], ids=str)
+def test_every_offset_across_tiles(window: tuple[int | None, int | None], backend: Backend) -> None:
+    """All offsets at once: each sequence of the batch has its own."""
+    queries, keys = 70, 140
+    starts = tuple(range(-queries - 3, keys + 4))
+    left, right = window
+    sizes = (len(starts), 1, 1, queries, keys, 3, 3)
+    check_forward(build(Case(sizes, left=left, right=right, q_starts=starts), torch.float32, backend.device))
+
+
+def test_far_positions(backend: Backend) -> None:
+    """Positions and windows near the ends of 64-bit integers must not wrap around."""
+    far = 2**62
+    for option in (
+        {"q_start": far, "right": 0},
+        {"q_start": -far, "right": 0},
+        {"q_start": far, "left": far},
+        {"q_start": -far, "right": far},
+        {"left": 2**63 - 1, "right": 2**63 - 1, "q_start": 5},
+        {"left": 2**63 - 1, "right": 0, "q_start": -5},
+        {"q_starts": (far, -far, 3), "left": 9},
+        {"q_starts": (far, -far, 3), "right": 9},
+    ):
+        check_forward(build(Case((3, 1, 1, 5, 70, 4, 4), **option), torch.float32, backend.device))
+
+
+@pytest.mark.parametrize("case", [*cases.TABLE, *cases.EMPTY], ids=str)
+def test_results_lie_as_their_inputs(case: Case, backend: Backend) -> None:
+    """out follows q, dq q, dk k and dv v: [B, S, H, D] in memory where the input's heads are nearer than its rows."""
+    problem = build(case, torch.float32, backend.device)
+    results = problem.results()
+    for name, like in (("out", "q"), ("dq", "q"), ("dk", "k"), ("dv", "v")):
+        x, source = results[name], getattr(problem, like)
+        nearer = source.stride(1) < source.stride(2)
+        assert (x.transpose(1, 2) if nearer else x).is_contiguous(), f"{name} has strides {x.stride()}"
+    assert results["lse"].is_contiguous()
+    if "dbias" in results:
+        assert results["dbias"].is_contiguous()
+
+
+# heedful.SlidingWindow takes no negative sides; the ops do.
+EXPRESSIBLE = [c for c in (*cases.TABLE, *cases.EMPTY) if (c.left or 0) >= 0 and (c.right or 0) >= 0]
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE, ids=str)
+def test_truth_is_the_reference(case: Case) -> None:
+    """Two independent statements of the semantics agree: tests/oracle.py and heedful.reference, in float64."""
+    problem = build(case, torch.float64)
+    check(problem, reference_results(problem))
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE, ids=str)
+def test_python_front_is_the_op(case: Case, backend: Backend) -> None:
+    """heedful.attention passes every option on: the same bits as the op called directly, gradients included."""
+    problem = build(case, torch.float32, backend.device)
+    results = function_results(problem, heedful.attention)
+    expected = problem.results()
+    assert results.keys() == expected.keys()
+    assert all(torch.equal(results[name], want) for name, want in expected.items())
+
+
+@pytest.mark.parametrize("case", [c for c in cases.TABLE if c.scale is None and c.layouts == (cases.PLAIN,)], ids=str)
+def test_truth_is_torch(case: Case) -> None:
+    """The truth against torch's own attention with a dense mask, in float64, in the rows that attend to something."""
+    problem = build(case, torch.float64)
+    batch, heads, _, queries, keys, _, _ = case.sizes
+    options = {name: x for name, x in problem.options.items() if name != "bias"}
+    mask = torch.zeros(batch, heads, queries, keys, dtype=torch.float64)
+    mask.masked_fill_(~oracle.seen_pairs((batch, heads, queries, keys), **options), -torch.inf)
+    mask += problem.options.get("bias", 0)
+    want = F.scaled_dot_product_attention(problem.q, problem.k, problem.v, mask, enable_gqa=True)
+    truth = problem.truth()
+    alive = truth.values["lse"] != -torch.inf
+    torch.testing.assert_close(truth.values["out"][alive], want[alive], rtol=1e-11, atol=1e-13)

@@ -1,0 +1,245 @@
+"""Masked means absent, pair by pair: what is not finite reaches exactly those results that may see it.
+
+Every sequence of a batch is the same problem with one number replaced, each at its own place; the truth says which
+results change. NaN must arrive wherever it is seen, and nothing else may move by more than rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+import oracle
+from backends import Backend
+from cases import Case, Problem, build, check, reference_results
+
+DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
+VALUES = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+
+# Two query and three key tiles of 64, the last of each partial.
+SIZES = (1, 2, 1, 70, 150, 5, 6)
+MASKS = {
+    "full": Case(SIZES),
+    "causal": Case(SIZES, right=0, q_start=80),
+    "causal top-left": Case(SIZES, right=0),
+    "causal early": Case(SIZES, right=0, q_start=-40),
+    "window": Case(SIZES, left=20, right=3, q_start=60),
+    "lengths": Case(SIZES, k_lengths=(140,), q_lengths=(66,)),
+    "short lengths": Case(SIZES, k_lengths=(65,), q_lengths=(9,)),
+    "mask": Case(SIZES, mask="hqk"),
+    "key mask": Case(SIZES, mask="k"),
+    "query mask": Case(SIZES, mask="q"),
+    "bias": Case(SIZES, bias="hqk", holes=0.4),
+    "key bias": Case(SIZES, bias="k", holes=0.4),
+    "all": Case(SIZES, bias="hqk", holes=0.2, mask="qk", k_lengths=(149,), left=70, right=9, q_start=50),
+}
+QUERIES, KEYS = (0, 1, 31, 63, 64, 65, 69), (0, 1, 30, 63, 64, 100, 127, 128, 139, 140, 149)
+
+
+def places(problem: Problem, target: str, small: bool) -> list[tuple[int, ...]]:
+    """Where to plant in the one sequence of `target`: [head, row, column], spread over tiles; everywhere if `small`."""
+    tensor = problem.options["bias"] if target == "bias" else getattr(problem, target)
+    heads, rows, *columns = tensor.shape[1:]
+    if small:
+        return [(heads - 1, row, *(row % size for size in columns)) for row in range(rows)]
+    if target == "bias":
+        return [(0, row % rows, column % columns[0]) for row in QUERIES for column in KEYS[::2]]
+    wanted = KEYS if target in ("k", "v") else QUERIES
+    return [(heads - 1, row, *(row % size for size in columns)) for row in wanted]
+
+
+def planted(problem: Problem, target: str, at: list[tuple[int, ...]], value: float) -> Problem:
+    """The problem once for each place, in one batch, with `value` at that place of `target`."""
+    count = len(at)
+
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat(count, *[1] * (x.dim() - 1))
+
+    tensors = {name: repeat(getattr(problem, name)) for name in ("q", "k", "v", "dout", "dlse")}
+    options = {name: repeat(x) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
+    where = options["bias"] if target == "bias" else tensors[target]
+    for b, place in enumerate(at):
+        where[(b, *place)] = value
+    return replace(problem, **tensors, options=options)
+
+
+def check_reach(problem: Problem, results: dict[str, Tensor] | None = None) -> None:
+    """The results are the truth's: finite where it is, equal there, and not finite elsewhere.
+
+    A score of +inf makes its row NaN as a whole here, for the rest of such a row is not promised.
+    """
+    results = results or problem.results()
+    exact = problem.truth()
+    infinite = (exact.values["lse"] == math.inf).any()
+    poisoned = problem.truth(infinite_is_nan=True) if infinite else exact
+    for name, result in results.items():
+        got = result.cpu().double()
+        dirty = got.isfinite() & ~exact.values[name].isfinite()
+        assert not dirty.any(), f"{name}: {int(dirty.sum())} values see what is not finite, and are finite"
+        # From here on, a result that may be anything is what it should be.
+        loose = poisoned.values[name].isfinite() != exact.values[name].isfinite()
+        loose |= (name == "lse") & poisoned.values[name].isnan()
+        results[name] = torch.where(loose.to(result.device), math.nan, result)
+    check(problem, results, poisoned)
+
+
+@DTYPES
+@pytest.mark.parametrize("target", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_planted(kind: str, target: str, dtype: torch.dtype, backend: Backend) -> None:
+    problem = build(MASKS[kind], dtype, backend.device)
+    at = places(problem, target, small=False)
+    for value in (math.nan, math.inf, -math.inf) if dtype is torch.float32 else (math.nan,):
+        check_reach(planted(problem, target, at, value))
+
+
+def test_the_truth_is_pair_by_pair() -> None:
+    """oracle.combine against the sum written out term by term, with NaN and infinity in both factors."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        weights, rows = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+        rows = rows.T.contiguous()
+        present = torch.rand(4, 5, generator=generator) < 0.6
+        weights[torch.rand(4, 5, generator=generator) < 0.1] = math.nan
+        rows[torch.rand(5, 4, generator=generator) < 0.1] = math.inf
+        want = torch.tensor([
+            [sum(float(weights[i, j] * rows[j, d]) for j in range(5) if present[i, j]) for d in range(4)]
+            for i in range(4)
+        ], dtype=torch.float64)  # fmt: skip
+        want[~want.isfinite()] = math.nan
+        torch.testing.assert_close(oracle.combine(weights, rows, present), want, equal_nan=True)
+
+
+@VALUES
+@pytest.mark.parametrize("target", ["q", "k", "v", "dout", "dlse", "bias"])
+@pytest.mark.parametrize("band", [(None, 0, 3), (3, 1, 2), (None, None, 0)], ids=str)
+def test_planted_everywhere(band: tuple, target: str, value: float, backend: Backend) -> None:
+    """Each row of a small problem in turn, under a band and under none, GQA, with a mask and a bias with holes."""
+    left, right, start = band
+    case = Case((1, 4, 2, 9, 13, 3, 2), left=left, right=right, q_start=start, bias="hqk", holes=0.2, mask="qk", seed=3)
+    problem = build(case, torch.float32, backend.device)
+    check_reach(planted(problem, target, places(problem, target, small=True), value))
+
+
+@VALUES
+@pytest.mark.parametrize("kind", ["bias", "key bias", "all"])
+def test_planted_in_bias(kind: str, value: float, backend: Backend) -> None:
+    """A bias of -inf takes its pair away; NaN and +inf spoil their rows alone, and the gradients that those feed."""
+    problem = build(MASKS[kind], torch.float32, backend.device)
+    check_reach(planted(problem, "bias", places(problem, "bias", small=False), value))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", MASKS)
+def test_planted_in_gradient_of_lse(kind: str, dtype: torch.dtype, backend: Backend) -> None:
+    """NaN in dlse reaches dq of its row and dk of the keys that row sees; at an lse of -inf it is ignored."""
+    problem = build(MASKS[kind], dtype, backend.device)
+    check_reach(planted(problem, "dlse", places(problem, "dlse", small=False), math.nan))
+
+
+@pytest.mark.parametrize("target", ["q", "k", "v", "dout", "dlse", "bias"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_reference(kind: str, target: str) -> None:
+    """heedful.reference keeps the same promise."""
+    problem = build(MASKS[kind], torch.float64)
+    if target == "bias" and "bias" not in problem.options:
+        pytest.skip("the case has no bias")
+    at = places(problem, target, small=False)
+    for value in (math.nan, math.inf, -math.inf):
+        dirty = planted(problem, target, at, value)
+        check_reach(dirty, reference_results(dirty))
+
+
+def spoiled(x: Tensor, rows: Iterable[int], value: float) -> Tensor:
+    x = x.clone()
+    x[:, :, list(rows)] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38], ids=str)
+@DTYPES
+def test_padding_may_hold_anything(dtype: torch.dtype, value: float, backend: Backend) -> None:
+    """Rows past the lengths are full of what overflows or is not finite; every result is that of clean padding."""
+    case = Case((2, 2, 1, 70, 150, 16, 8), q_lengths=(66, 66), k_lengths=(130, 130), bias="bhqk", right=0, q_start=64)
+    clean = build(case, dtype, backend.device)
+    value = math.copysign(min(abs(value), torch.finfo(dtype).max), value) if math.isfinite(value) else value
+    queries, keys = range(66, 70), range(130, 150)
+    dirty = replace(
+        clean,
+        q=spoiled(clean.q, queries, value), dout=spoiled(clean.dout, queries, value),
+        k=spoiled(clean.k, keys, value), v=spoiled(clean.v, keys, value),
+        dlse=spoiled(clean.dlse[:, :, :, None], queries, value).squeeze(-1),
+        options=clean.options | {"bias": spoiled(spoiled(clean.options["bias"].mT, keys, value).mT, queries, value)},
+    )  # fmt: skip
+    check(dirty, truth=clean.truth())
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", [name for name, case in MASKS.items() if case.left is not None or case.right == 0])
+def test_values_beside_the_band_may_overflow(kind: str, dtype: torch.dtype, backend: Backend) -> None:
+    """The largest finite values at keys that no query sees: their scores overflow, and must not count."""
+    clean = build(MASKS[kind], dtype, backend.device)
+    options = {name: x for name, x in clean.options.items() if name not in ("bias", "mask")}
+    seen = oracle.seen_pairs((1, 2, 70, 150), **options)[0, 0]
+    blind, unseen = ((~seen.any(n)).nonzero().flatten().tolist() for n in (1, 0))
+    assert blind or unseen or kind == "causal"
+    top = torch.finfo(dtype).max
+    dirty = replace(
+        clean,
+        q=spoiled(clean.q, blind, -top), dout=spoiled(clean.dout, blind, top),
+        k=spoiled(clean.k, unseen, top), v=spoiled(clean.v, unseen, top),
+    )  # fmt: skip
+    check(dirty, truth=clean.truth())
+
+
+def test_rows_with_nothing_ignore_every_gradient(backend: Backend) -> None:
+    """All of dout and dlse is NaN at rows that attend to nothing: no gradient notices, nor is any but zero there."""
+    case = Case((2, 2, 1, 70, 150, 8, 8), right=0, q_start=-5, k_lengths=(150, 60), bias="bhqk", mask="bhqk")
+    clean = build(case, torch.float32, backend.device)
+    dead = clean.truth().values["lse"] == -math.inf
+    assert 10 <= int(dead.sum()) < dead.numel()
+    dirty = replace(
+        clean, dout=clean.dout.masked_fill(dead[..., None], math.nan), dlse=clean.dlse.masked_fill(dead, math.nan)
+    )
+    results = dirty.results()
+    check(dirty, results, clean.truth())
+    assert (results["dq"][dead] == 0).all() and (results["dbias"][dead] == 0).all()
+
+
+def test_a_score_of_minus_infinity_is_absent(backend: Backend) -> None:
+    """Whatever made it: here q . k itself. Its value, a NaN, reaches nobody."""
+    problem = build(Case((1, 1, 1, 70, 150, 4, 4)), torch.float32, backend.device)
+    problem.q[..., 0] = 1.0
+    problem.k[:, :, 7::9, 0] = -math.inf
+    problem.v[:, :, 7::9] = math.nan
+    results = problem.results()
+    assert results["out"].isfinite().all() and results["dq"].isfinite().all()
+    check(problem, results)
+
+
+def test_a_row_all_of_minus_infinity_is_empty(backend: Backend) -> None:
+    problem = build(Case((1, 1, 1, 20, 70, 4, 4)), torch.float32, backend.device)
+    problem.q[..., 0] = 1.0
+    problem.k[..., 0] = -math.inf
+    results = problem.results()
+    assert (results["lse"] == -math.inf).all() and all((results[name] == 0).all() for name in ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)
+def test_scores_of_every_size(dtype: torch.dtype, backend: Backend) -> None:
+    """Finite scores up to a thousandth of the largest number neither overflow nor underflow into NaN."""
+    for size in (1e2, 1e4, 1e10, 1e30, float(torch.finfo(dtype).max) / 1000):
+        problem = build(Case((1, 1, 1, 70, 150, 1, 3), scale=1.0), dtype, backend.device)
+        problem.q[:] = torch.where(problem.q < 0, -1.0, 1.0)
+        problem.k.clamp_(-1, 1).mul_(size)
+        results = problem.results()
+        assert all(x.isfinite().all() for x in results.values()), size
+        best = problem.k.amax(2), problem.k.amin(2)
+        want = torch.where(problem.q[..., 0] > 0, best[0], -best[1])
+        torch.testing.assert_close(results["lse"], want, rtol=1e-5, atol=math.log(150))

@@ -1,0 +1,40 @@
+"""Low precision is judged against torch in the same dtype, both against the float64 truth (precision.py measures)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cases
+import precision
+from backends import Backend
+from cases import Case
+
+DTYPES = pytest.mark.parametrize("dtype", precision.DTYPES, ids=cases.short)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", [*precision.BESIDE_TORCH, *precision.BESIDE_REFERENCE], ids=str)
+def test_errors_are_no_larger_than_torchs(case: Case, dtype: torch.dtype, backend: Backend) -> None:
+    errors = precision.measure(case, dtype, backend.name, backend.device)
+    faults = {name: error.faults() for name, error in errors.items() if error.faults()}
+    assert not faults, f"{case} {cases.short(dtype)}: {faults}"
+
+
+@DTYPES
+def test_errors_are_no_larger_on_average(dtype: torch.dtype, backend: Backend) -> None:
+    """Over all cases, the geometric mean of the rms ratios of each kind of tensor is at most the dtype's limit."""
+    for case in (*precision.BESIDE_TORCH, *precision.BESIDE_REFERENCE):
+        precision.measure(case, dtype, backend.name, backend.device)
+    means = precision.geometric_means(backend.name, cases.short(dtype))
+    assert means.keys() == set(precision.KINDS)
+    assert all(mean <= precision.MEANS_AT_MOST[dtype] for mean in means.values()), means
+
+
+def test_the_rule_can_fail() -> None:
+    """An error of two roundings where the peer has one breaks it; the peer's own error does not."""
+    truth = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    peer = truth.bfloat16()
+    assert not precision.Error.of(peer, peer, truth).faults()
+    assert len(precision.Error.of((truth * 1.1).bfloat16(), peer, truth).faults()) == 2
+    assert precision.Error.of(torch.full_like(peer, torch.nan), peer, truth).faults()
