@@ -55,15 +55,19 @@ def filled(shape: tuple[int, ...], layout: str, generator: torch.Generator) -> T
     return normal(*sizes).expand(shape)
 
 
-def cast(x: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """x in `dtype` on `device` with its layout in memory kept: strides of zero, offsets, overlaps and all."""
+def mapped(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), elementwise, with x's layout in memory kept: strides of zero, offsets, overlaps, lazy negation."""
     if x.is_neg():
-        sign = torch._neg_view(x)  # the memory as it is
-        return torch._neg_view(cast(sign, dtype, device))
+        return torch._neg_view(mapped(torch._neg_view(x), lambda memory: -function(-memory)))
     if not x.numel():
-        return x.to(device, dtype)
-    storage = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-    return torch.as_strided(storage.to(device, dtype), x.shape, x.stride(), x.storage_offset())
+        return torch.as_strided(function(x), x.shape, x.stride())
+    memory = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return torch.as_strided(function(memory), x.shape, x.stride(), x.storage_offset())
+
+
+def cast(x: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """x in `dtype` on `device`, with its layout."""
+    return mapped(x, lambda values: values.to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,15 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     layouts = (*case.layouts, *case.layouts[-1:] * 6)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
-    def draw(shape: tuple[int, ...], layout: str, to: torch.dtype = dtype, gain: float = 1.0, shift: float = 0.0):
-        x = filled(shape, layout, generator)
-        return cast(x if (gain, shift) == (1.0, 0.0) else x * gain + shift, to, device)
+    def draw(shape: tuple[int, ...], layout: str, gain: float = 1.0, shift: float = 0.0) -> Tensor:
+        return cast(mapped(filled(shape, layout, generator), lambda values: values * gain + shift), dtype, device)
 
     def partial(dimensions: str, layout: str) -> Tensor:
         shape = tuple(size if name in dimensions else 1 for name, size in zip("bhqk", (b, hq, sq, sk), strict=True))
         return filled(shape, layout, generator)
+
+    def punched(values: Tensor) -> Tensor:
+        return values.masked_fill(torch.rand(values.shape, generator=generator) < case.holes, -math.inf)
 
     q = draw((b, hq, sq, d), layouts[0], gain=case.gain)
     k = draw((b, hk, sk, d), layouts[1])
@@ -156,12 +162,11 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     dlse = cast(torch.randn(b, hq, sq, generator=generator, dtype=torch.float64), wide, device)
     options: dict[str, Any] = {}
     if case.mask is not None:  # three in four pairs are allowed
-        options["mask"] = cast(partial(case.mask, layouts[4]), torch.float64, device) > -0.67
+        values = partial(case.mask, PLAIN if layouts[4] == "negated" else layouts[4])
+        options["mask"] = mapped(values, lambda values: (values > -0.67).to(device))
     if case.bias is not None:
         bias = partial(case.bias, layouts[5])
-        if case.holes:
-            bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < case.holes, -math.inf)
-        options["bias"] = cast(bias, wide if case.wide_bias else dtype, device)
+        options["bias"] = cast(mapped(bias, punched) if case.holes else bias, wide if case.wide_bias else dtype, device)
     for name in ("q_starts", "q_lengths", "k_lengths"):
         if getattr(case, name) is not None:
             options[name] = torch.tensor(getattr(case, name), dtype=torch.int64, device=device)
@@ -171,7 +176,7 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     return Problem(case, q, k, v, dout, dlse, options)
 
 
-def api_arguments(problem: Problem) -> dict:
+def api_arguments(problem: Problem) -> dict[str, Any]:
     """The problem's options as heedful.attention takes them: mask objects joined by &, and `align`."""
     options = dict(problem.options)
     align = options.pop("q_starts", options.pop("q_start", 0))

@@ -101,6 +101,21 @@ def test_far_positions(backend: Backend) -> None:
         check_forward(build(Case((3, 1, 1, 5, 70, 4, 4), **option), torch.float32, backend.device))
 
 
+@pytest.mark.parametrize("layout", [*cases.LAYOUTS, *cases.EXPANDED])
+def test_layouts_are_what_they_say(layout: str) -> None:
+    """The tensors of a case lie in memory as asked, for each dtype, the mask and the bias included."""
+    x = cases.filled((2, 2, 3, 4), layout, torch.Generator())
+    for dtype in cases.FULL_DTYPES:
+        problem = build(Case((2, 2, 2, 3, 4, 4, 4), mask="bhqk", bias="bhqk", layouts=(layout,), gain=2.0), dtype)
+        tensors = [problem.q, problem.options["bias"]]
+        tensors += [problem.options["mask"]] if layout != "negated" else []
+        for tensor in tensors:
+            assert tensor.stride() == x.stride() and tensor.storage_offset() == x.storage_offset()
+            assert tensor.is_neg() == x.is_neg()
+        assert problem.options["bias"].dtype is dtype and problem.options["mask"].dtype is torch.bool
+    assert layout in (cases.PLAIN, "negated", "offset") or not x.is_contiguous()
+
+
 @pytest.mark.parametrize("case", [*cases.TABLE, *cases.EMPTY], ids=str)
 def test_results_lie_as_their_inputs(case: Case, backend: Backend) -> None:
     """out follows q, dq q, dk k and dv v: [B, S, H, D] in memory where the input's heads are nearer than its rows."""

@@ -236,7 +236,8 @@ def definition(
         for h in range(heads):
             g = h * kv_heads // heads
             for i in range(queries):
-                s = {j: scale * q[b, h, i].dot(k[b, g, j]) + bias[b, h, i, j] for j in range(keys) if seen[b, h, i, j]}
+                present = [j for j in range(keys) if seen[b, h, i, j] and bias[b, h, i, j] != -math.inf]
+                s = {j: scale * q[b, h, i].dot(k[b, g, j]) + bias[b, h, i, j] for j in present}
                 s = {j: x for j, x in s.items() if x != -math.inf}
                 if not s:
                     continue
@@ -264,7 +265,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths": {"mask": KeyLengths([3, 0]) & QueryLengths([4, 2]) & Causal()},
     "tensor": {"mask": holes(B, 1, SQ, SK)},
     "bias": {"bias": normal(HQ, SQ, SK, dtype=torch.float64)},
-    "bias of -inf": {"bias": normal(B, 1, SQ, 1, dtype=torch.float64).clamp(max=-0.2).log()},
+    "bias of -inf": {"bias": torch.where(holes(B, 1, SQ, SK, seed=1), normal(SQ, SK), -math.inf).double()},
+    "bias of -inf, dead rows": {"bias": torch.where(holes(HQ, SQ, 1, seed=3), 0.5, -math.inf).double()},
     "all": {
         "mask": Causal() & holes(SQ, SK) & KeyLengths(5),
         "bias": normal(B, HQ, 1, SK, dtype=torch.float64),
@@ -283,7 +285,7 @@ def test_reference_is_the_definition(name: str, poison: str) -> None:
     if poison in ("q", "k", "v", "dout"):
         tensors[poison][0, 0, 2, 0] = math.nan
         tensors[poison][1, 1, 1, 1] = math.inf
-    bias = options["bias"].nan_to_num(nan=-math.inf).requires_grad_() if "bias" in options else None
+    bias = options["bias"].detach().requires_grad_() if "bias" in options else None
     options["bias"] = bias
     q, k, v = (tensors[n].requires_grad_() for n in "qkv")
     out, lse = heedful.reference.attention(q, k, v, **options, return_lse=True)
@@ -314,7 +316,7 @@ def test_attention_is_its_reference(name: str, dtype: torch.dtype) -> None:
     options = dict(OPTIONS[name])
     q, k, v = (normal(B, h, s, d, dtype=dtype, seed=d) for h, s, d in ((HQ, SQ, 8), (HK, SK, 8), (HK, SK, 5)))
     if "bias" in options:
-        options["bias"] = options["bias"].nan_to_num(nan=-math.inf).to(dtype).requires_grad_()
+        options["bias"] = options["bias"].to(dtype).detach().requires_grad_()
     tensors = [x.requires_grad_() for x in (q, k, v)] + [options[n] for n in ("bias",) if n in options]
     results = []
     for function in (heedful.attention, heedful.reference.attention):

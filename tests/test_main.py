@@ -78,14 +78,16 @@ def test_demo(tmp_path: Path) -> None:
         assert (tmp_path / "tmp" / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_demo_names_the_packages_that_it_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("lacking", "advice"), [("rich", "pip install 'heedful[demo]'"), ("pydoc_data", "standard library")]
+)
+def test_demo_names_what_it_lacks(
+    lacking: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "rich" else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacking else object())
     assert program.main(["demo", "--out", str(tmp_path / "out")]) == 2
-    assert "rich" in (error := capsys.readouterr().err)
-    assert "pip install 'heedful[demo]'" in error
+    assert lacking in (error := capsys.readouterr().err)
+    assert advice in error
     assert not (tmp_path / "out").exists()
 
 

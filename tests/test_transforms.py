@@ -175,19 +175,23 @@ def test_composites_hold_a_block_of_pairs_at_most() -> None:
     assert composite.BLOCK * s <= calls.largest < s * s
 
 
-def test_what_is_masked_reaches_no_tangent_and_no_second_gradient() -> None:
+@pytest.mark.parametrize("by", ("mask", "bias"))
+def test_what_is_masked_reaches_no_tangent_and_no_second_gradient(by: str) -> None:
     q, k, v = qkv()
     mask = Causal() & KeyLengths(3)
+    dense = mask.to_dense(SQ, SK, batch=B)
+    options = {"mask": mask} if by == "mask" else {"bias": torch.where(dense, 0.5, -math.inf).double()}
     for poisoned in (k, v):
         poisoned[:, :, 4] = math.nan
         poisoned[0, 0, 3] = math.inf
     results = []
     for function in (heedful.attention, heedful.reference.attention):
-        f, _ = call(function, {"mask": mask})
+        f = lambda q, k, v, g=function: g(q, k, v, **options)  # noqa: E731
         tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-        firsts = torch.autograd.grad(squares(f)(*tensors), tensors, create_graph=True)
+        firsts = torch.autograd.grad(f(*tensors).square().sum(), tensors, create_graph=True)
         seconds = torch.autograd.grad(sum(x.square().sum() for x in firsts), tensors)
-        results.append((*jvp(f, (q, k, v), (k[:, :1, :SQ].expand_as(q).nan_to_num(1, 1), k, v))[1], *firsts, *seconds))
+        tangent = jvp(f, (q, k, v), (k[:, :1, :SQ].expand_as(q).nan_to_num(1, 1), k, v))[1]
+        results.append((tangent, *firsts, *seconds))
     for got, want in zip(*results):
         assert got.isfinite().all()
         assert_same(got, want)

@@ -321,7 +321,7 @@ struct Backward {
     const bool plain = is_plain(p, band, panel);
     if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
     const RowState* state = w.rows + (b * p.Hq + t.h) * p.Sq + t.i0;
-    const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
+    const Vec<C> scale = broadcast<C>(scale_after<C>(p));
     if (plain && !careful)
       gradients<kN, false>(prob, grad, r0, r1, state, scale, absent);
     else
@@ -341,7 +341,7 @@ struct Backward {
         const Vec<C> score = load(x);
         // No score is above lse, but for rounding, which for huge scores is huge.
         const Vec<C> above = score * scale - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
-        Vec<C> probability = (masked ? exp2_or_zero<C>(distance) : exp2<C>(distance)) * state[r].weight;
+        Vec<C> probability = exp2<C>(distance) * state[r].weight;
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {
           probability = select(score == minus_infinity, absent, probability);

@@ -147,7 +147,7 @@ struct Forward {
     const bool plain = is_plain(p, band, tile);
     if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
     alignas(64) C rescale[width];
-    const Vec<C> scale = plain ? scale_log2e<C>(p) : broadcast<C>(1);
+    const Vec<C> scale = broadcast<C>(scale_after<C>(p));
     if (careful)
       probabilities<kN, true, true>(keys, l, scale, rescale);
     else if (plain)
@@ -187,10 +187,11 @@ struct Forward {
       for (int v = 0; v < kN; ++v) {
         C* score = s.scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
-        const Vec<C> distance = x * scale - reference[v];
-        const Vec<C> y = masked ? exp2_or_zero<C>(distance) : exp2<C>(distance);
+        const auto absent = x == minus_infinity;
+        Vec<C> y = exp2<C>(x * scale - reference[v]);
+        if (masked) y = select(absent, Vec<C>{}, y);
         sum[v] += y;
-        store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
+        store(score, mark ? select(absent, broadcast<C>(C(-1)), y) : y);
       }
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);

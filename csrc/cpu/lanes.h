@@ -132,8 +132,9 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (or NaN, which stays NaN); 0 below the normal range. exp2 is x = n + r with |r| <= 1/2, a polynomial
-// in r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low bits.
+// 2^x for x <= 0 (or NaN, which stays NaN), but no less than the smallest normal number. exp2 is x = n + r with |r| <=
+// 1/2, a polynomial in r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low
+// bits.
 template <class T>
 struct Exp2;
 template <>

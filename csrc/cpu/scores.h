@@ -19,15 +19,24 @@ struct Tile {
 
 enum class InLanes { queries, keys };
 
-// Whether every pair of the tile keeps the product's score, which is then scaled on the way to its probability: scaling
-// q or k beforehand would round each element. (Only a positive scale keeps the order of the scores.)
+// Scores leave the product as q . k, and are scaled to units of log2(e) on the way to their probability: scaling q or k
+// beforehand would round each element. Where a bias is added to them, or a scale below 0 would turn their order around,
+// apply_scores does it first. The choice is the problem's: masks alone must not change how a score is rounded.
+inline bool scales_first(const Problem& p) { return p.bias.data || !(p.scale > 0); }
+
+// Whether every pair of the tile keeps the score that the product gave.
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !p.mask.data && !p.bias.data && p.scale > 0 && band.covers(t.i0, t.i1, t.j0, t.j1);
+  return !p.mask.data && !scales_first(p) && band.covers(t.i0, t.i1, t.j0, t.j1);
 }
-// Takes a score of the product to units of log2(e).
+
+// What takes a score to units of log2(e), before apply_scores has ended and after.
 template <class C>
-HEEDFUL_FN Vec<C> scale_log2e(const Problem& p) {
-  return broadcast<C>(C(p.scale * kLog2e));
+HEEDFUL_FN C scale_before(const Problem& p) {
+  return scales_first(p) ? C(p.scale * kLog2e) : C(1);
+}
+template <class C>
+HEEDFUL_FN C scale_after(const Problem& p) {
+  return scales_first(p) ? C(1) : C(p.scale * kLog2e);
 }
 
 // The part of a [B, Hq, Sq, Sk] tensor under a tile.
@@ -49,7 +58,7 @@ HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t,
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
 }
 
-// s[row * stride + lane] is scaled to units of log2(e) and gets its bias; -inf where the pair is masked. `width` is the
+// s[row * stride + lane] gets its bias, and is -inf where the pair is masked. `width` is the
 // tile's lanes rounded up to whole vectors; `bias` and `mask` are scratch of rows x width.
 template <InLanes in_lanes, class C>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
@@ -66,7 +75,8 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
   const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
   const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
-  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e)), scale = scale_log2e<C>(p);
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e)),
+               scale = broadcast<C>(scale_before<C>(p));
   for (int64_t l = 0; l < width; l += n) {
     Vec<I> first, end;
     const Vec<I> lane_index = iota<I>() + I(l);

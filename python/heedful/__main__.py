@@ -45,8 +45,8 @@ def _demo(options: argparse.Namespace) -> int:
     from heedful import demo
 
     try:
-        demo.require_packages()
-    except demo.MissingPackage as error:
+        demo.require()
+    except demo.CannotRun as error:
         print(error, file=sys.stderr)
         return CANNOT_RUN
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def about() -> str:
             f"torch {torch.__version__}, Python {platform.python_version()}, threads: {torch.get_num_threads()}",
         ],
         "runs": [f"{name:<10}{call.kernel or 'nothing'}" for name, call in calls.items()],
-        "runs not": list(reasons),
+        "not used": list(reasons),
     }
     return "\n".join(f"{'' if i else title:<10}{line}" for title, lines in rows.items() for i, line in enumerate(lines))
 

@@ -35,6 +35,7 @@ except OSError as error:
 
 _forward_op = torch.ops.heedful.attention_forward.default
 _backward_op = torch.ops.heedful.attention_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 Tensors = tuple[Tensor | None, ...]
 Options = dict[str, Any]
@@ -70,7 +71,7 @@ def forward(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, bias):
         q, k, v, bias = _cast(q, k, v, bias)
         return _Recorded.apply(q, k, v, mask, bias, q_lengths, k_lengths, q_starts, options)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return _forward_op(*tensors, **options)
 
 
@@ -80,7 +81,7 @@ def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
         return _backward_op(*tensors, **options)
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return _Backward.apply(*tensors, options)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return _backward_op(*tensors, **options)
 
 
@@ -188,7 +189,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Any) -> Tensors:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             output = _forward_op(*inputs[:-1], **inputs[-1])
         ctx.save_for_backward(*inputs[:-1], *output)
         ctx.options = inputs[-1]

@@ -16,7 +16,7 @@ import heedful
 
 from . import text as texts
 from .model import CharacterGPT, attention_maps, generate
-from .train import Difference, Run, attention_share, largest_difference, train_together
+from .train import WARM_UP_STEPS, Difference, Run, attention_share, largest_difference, train_together
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,8 +28,8 @@ MAP_TEXT = "def f(x):\n    return x"
 NAMES = ("torch", "heedful")
 
 
-class MissingPackage(RuntimeError):
-    """What the demo needs beyond heedful is not installed."""
+class CannotRun(RuntimeError):
+    """What the demo needs beyond heedful is not there."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class Settings:
     characters: int  # of the sample
 
 
-def require_packages() -> None:
-    """Raises MissingPackage where the packages of heedful's extra "demo" are not all there."""
+def require() -> None:
+    """Raises CannotRun where the packages of heedful's extra "demo", or the text, are not there."""
     missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingPackage(f"heedful demo needs {' and '.join(missing)}: pip install 'heedful[demo]'")
+        raise CannotRun(f"heedful demo needs {' and '.join(missing)}: pip install 'heedful[demo]'")
+    if importlib.util.find_spec("pydoc_data") is None:
+        raise CannotRun("heedful demo needs pydoc_data, a part of Python's standard library that this Python lacks")
 
 
 def run(settings: Settings) -> list[str]:
@@ -126,7 +128,8 @@ def _print_losses(runs: dict[str, Run], early: Difference, overall: Difference) 
 
 def _print_speed(runs: dict[str, Run], corpus: texts.Corpus, seed: int) -> None:
     batch = next(corpus.batches(1, BATCH, LENGTH, seed))
-    print(f"\n{'Speed':<12}{'tokens/s':>12}{'a step':>12}{'attention':>12}  of forward and backward")
+    print(f"\n{'Speed':<12}{'tokens/s':>12}{'a step':>12}{'attention':>12}  of forward and backward", end="")
+    print(f"   (the first {WARM_UP_STEPS} steps left out)")
     for name in NAMES:
         step, share = runs[name].seconds_per_step(), attention_share(runs[name].model, batch)
         print(f"{name:<12}{BATCH * LENGTH / step:>12,.0f}{step * 1e3:>9.1f} ms", end="")

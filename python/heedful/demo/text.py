@@ -41,13 +41,8 @@ class Corpus:
 
 def load() -> Corpus:
     """All topics of `help()`, in alphabetical order, without tables, rules and trailing blanks."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise RuntimeError(
-            "heedful.demo: this Python lacks pydoc_data.topics, its language's documentation; "
-            "install your system's full standard library, or use a Python that has it"
-        ) from error
+    from pydoc_data.topics import topics
+
     lines = "\n\n".join(topics[name] for name in sorted(topics)).splitlines()
     text = "\n".join(line.rstrip() for line in lines if not DRAWN.search(line))
     characters = "".join(sorted(set(text)))

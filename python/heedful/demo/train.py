@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Batch = tuple[Tensor, Tensor]
 
-WARM_UP_STEPS = 5  # of those that count for speed, the first few are left out
+WARM_UP_STEPS = 5  # at the start, left out of the speed
 PEAK_RATE = 6e-3
-RISE = 30  # steps until the learning rate is at its peak
+RISE = 60  # steps until the learning rate is at its peak
 LAST_SHARE = 0.1  # of the peak, at the last step
 
 
