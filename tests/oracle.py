@@ -36,8 +36,11 @@ class Truth:
         compute = torch.float64 if dtype is torch.float64 else torch.float32
         rounding = ROUNDED * torch.finfo(dtype).eps * self.rounded[name]
         rounding += COMPUTED * torch.finfo(compute).eps * self.computed[name]
-        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps + 64 * torch.finfo(compute).smallest_normal
-        return torch.where(rounding == 0, 0.0, rounding + tiny)  # numbers below the smallest normal one round coarsely
+        # A weight below the smallest normal number may vanish, whatever it is multiplied by; half types end sooner.
+        tiny = (
+            torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps + 2**20 * torch.finfo(compute).smallest_normal
+        )
+        return torch.where(rounding == 0, 0.0, rounding + tiny)
 
 
 def seen_pairs(
