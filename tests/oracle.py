@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 ROUNDED, COMPUTED = 2.0, 16.0
+ALIKE = 64  # so many equal terms in a row round alike and double the error of their sum
 
 
 @dataclass
@@ -145,7 +146,8 @@ def attention(
     out = combine(p, vh, present)
 
     alive = present.any(-1)
-    spread = torch.cat((size.where(present, 0), torch.zeros(*size.shape[:-1], 1)), -1).amax(-1) + 1  # [B, Hq, Sq]
+    size = size.where(present, 0) * (1 + width / ALIKE)
+    spread = torch.cat((size, torch.zeros(*size.shape[:-1], 1)), -1).amax(-1) + 1  # [B, Hq, Sq]
     out_size = combine(p, vh.abs(), present)
     truth = Truth()
     truth.put("out", out, out_size, spread[..., None] * out_size)
@@ -160,25 +162,26 @@ def attention(
     ds_size = p * (dout.abs() @ vh.abs().mT + ((dout.abs() * out_size).sum(-1) + dlse.abs())[..., None])
     ds_size = ds_size.where(present, 0)
 
+    spread_size = ds_size * (spread * (1 + v.shape[-1] / ALIKE))[..., None]
+
     def gradient(weights: Tensor, rows: Tensor, transposed: bool) -> Tensor:
         """sum over keys (or, transposed, over queries and the heads of a group) of weights x rows."""
         if not transposed:
             return combine(weights, rows, present)
         return per_kv_head(combine(weights.mT, rows, present.mT), kv_heads)
 
-    for name, weights, weights_size, rows, factor in (
-        ("dq", ds, ds_size, kh, scale),
-        ("dk", ds, ds_size, q, scale),
-        ("dv", p, p, dout, 1.0),
+    for name, weights, rounded, computed, rows, factor in (
+        ("dq", ds, ds_size, spread_size, kh, scale),
+        ("dk", ds, ds_size, spread_size, q, scale),
+        ("dv", p, p, p * spread[..., None], dout, 1.0),
     ):
         transposed = name != "dq"
         truth.put(
             name,
             factor * gradient(weights, rows, transposed),
-            abs(factor) * gradient(weights_size, rows.abs(), transposed),
-            abs(factor) * gradient(weights_size * spread[..., None], rows.abs(), transposed),
+            abs(factor) * gradient(rounded, rows.abs(), transposed),
+            abs(factor) * gradient(computed, rows.abs(), transposed),
         )
     if bias is not None:
-        spread_size = ds_size * spread[..., None]
         truth.put("dbias", *(x.sum_to_size(bias.shape) for x in (ds, ds_size, spread_size)))
     return truth

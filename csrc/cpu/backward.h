@@ -1,11 +1,11 @@
 // Attention backward, five products a tile. Keys lie in vector lanes and key blocks go outermost, so that dK and dV
 // stay local and nothing of the sequence's length is packed; masks and biases are read along their rows.
 //
-//   P[i][key]   = exp2(scale log2(e) sum_d Q[i][d] K^T[d][key] - lse_i)       dV[key][d] += sum_i P[i][key]  dO[i][d]
+//   P[i][key]   = exp(scale * sum_d Q[i][d] K^T[d][key] - lse_i)              dV[key][d] += sum_i P[i][key]  dO[i][d]
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
 //                                                                             dQ[i][d]   += sum_key dS[i][key] scale
 //                                                                             K[key][d]
-// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in units of log2(e);  2. everything above, one task for each
+// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in the scores' units;  2. everything above, one task for each
 // (key/value head, group of key blocks);  3. the groups' dQ added up in order.
 //
 // Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
@@ -77,7 +77,7 @@ struct Backward {
   // Whether the first group adds dQ up in the output itself.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0; }
 
-  // What the tiles need of a query. lse, in units of log2(e), is rounded; the probabilities' `weight` makes up for
+  // What the tiles need of a query. lse, in the scores' own units, is rounded; the probabilities' `weight` makes up for
   // that.
   struct RowState {
     C lse, weight, delta;
@@ -126,6 +126,7 @@ struct Backward {
     carve(p, static_cast<char*>(p.workspace), &w);
     const int64_t row = (t.b * p.Hq + t.h) * p.Sq;
     const C* lse = static_cast<const C*>(p.lse) + row;
+    const double unit = score_unit(p);
     for (int64_t i = t.i0; i < t.i1; ++i) {
       const S* g =
           static_cast<const S*>(p.dout.data) + t.b * p.dout.stride[0] + t.h * p.dout.stride[1] + i * p.dout.stride[2];
@@ -142,9 +143,9 @@ struct Backward {
             static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;
-      const double exact = double(lse[i]) * kLog2e, lost = exact - double(C(exact));
+      const double exact = double(lse[i]) / unit, lost = (exact - double(C(exact))) * unit;
       // Past 2^13 the scores themselves are rounded more coarsely than this.
-      const C weight = lost * lost < 0x1p-20 ? C(1 - lost * kLn2) : C(1);
+      const C weight = lost * lost < 0x1p-20 ? C(1 - lost) : C(1);
       w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{C(exact), weight, delta};
     }
   }
@@ -321,16 +322,16 @@ struct Backward {
     const bool plain = is_plain(p, band, panel);
     if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
     const RowState* state = w.rows + (b * p.Hq + t.h) * p.Sq + t.i0;
-    const Vec<C> scale = broadcast<C>(scale_after<C>(p));
+    const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (plain && !careful)
-      gradients<kN, false>(prob, grad, r0, r1, state, scale, absent);
+      gradients<kN, false>(prob, grad, r0, r1, state, to_log2, absent);
     else
-      gradients<kN, true>(prob, grad, r0, r1, state, scale, absent);
+      gradients<kN, true>(prob, grad, r0, r1, state, to_log2, absent);
     if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
   }
 
   template <int kN, bool masked>
-  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState* state, Vec<C> scale,
+  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState* state, Vec<C> to_log2,
                             Vec<C> absent) const {
     const int64_t stride = lanes_k();
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
@@ -340,7 +341,7 @@ struct Backward {
         C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
         const Vec<C> score = load(x);
         // No score is above lse, but for rounding, which for huge scores is huge.
-        const Vec<C> above = score * scale - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
+        const Vec<C> above = (score - state[r].lse) * to_log2, distance = above > Vec<C>{} ? Vec<C>{} : above;
         Vec<C> probability = exp2<C>(distance) * state[r].weight;
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {

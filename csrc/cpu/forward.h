@@ -147,13 +147,13 @@ struct Forward {
     const bool plain = is_plain(p, band, tile);
     if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
     alignas(64) C rescale[width];
-    const Vec<C> scale = broadcast<C>(scale_after<C>(p));
+    const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (careful)
-      probabilities<kN, true, true>(keys, l, scale, rescale);
+      probabilities<kN, true, true>(keys, l, to_log2, rescale);
     else if (plain)
-      probabilities<kN, false, false>(keys, l, scale, rescale);
+      probabilities<kN, false, false>(keys, l, to_log2, rescale);
     else
-      probabilities<kN, true, false>(keys, l, scale, rescale);
+      probabilities<kN, true, false>(keys, l, to_log2, rescale);
     C* out = s.out + l * p.Dv;
     if (careful)
       add_values_carefully<kN>(keys, v, v_stride, out, rescale);
@@ -162,10 +162,10 @@ struct Forward {
                                              WholeSum{keys});
   }
 
-  // Scores, times `scale` in units of log2(e), become probabilities relative to the new maximum; `rescale` takes
-  // earlier ones to it. With `mark`, absent pairs get -1 instead of 0.
+  // Scores become probabilities relative to the new maximum; `rescale` takes earlier ones to it. Distances between
+  // scores times `to_log2` are powers of two. With `mark`, absent pairs get -1 instead of 0.
   template <int kN, bool masked, bool mark>
-  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> scale, C* rescale) const {
+  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, C* rescale) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     Vec<C> reference[kN], sum[kN], top[kN];
 #pragma GCC unroll 4
@@ -175,9 +175,9 @@ struct Forward {
       for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
-      top[v] = maximum(top[v] * scale, load(s.maximum + l + v * n));
+      top[v] = maximum(top[v], load(s.maximum + l + v * n));
       reference[v] = softmax_reference(top[v], minus_infinity);
-      const Vec<C> factor = exp2_or_zero<C>(load(s.maximum + l + v * n) - reference[v]);
+      const Vec<C> factor = exp2_or_zero<C>((load(s.maximum + l + v * n) - reference[v]) * to_log2);
       store(s.maximum + l + v * n, top[v]);
       store(rescale + v * n, factor);
       sum[v] = Vec<C>{};
@@ -188,7 +188,7 @@ struct Forward {
         C* score = s.scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
         const auto absent = x == minus_infinity;
-        Vec<C> y = exp2<C>(x * scale - reference[v]);
+        Vec<C> y = exp2<C>((x - reference[v]) * to_log2);
         if (masked) y = select(absent, Vec<C>{}, y);
         sum[v] += y;
         store(score, mark ? select(absent, broadcast<C>(C(-1)), y) : y);
@@ -214,11 +214,12 @@ struct Forward {
     return all_finite<C, C>(s.out, lanes(), 1, p.Dv, lanes()) && all_finite<C, C>(s.sum, 0, 1, 1, lanes());
   }
 
-  // out = O / sum, transposed to rows; lse = ln(2) * (maximum + log2(sum)). A row without scores is 0 and -inf.
+  // out = O / sum, transposed to rows; lse = maximum + log(sum). A row without scores is 0 and -inf.
   void store_result() const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     S* out = static_cast<S*>(p.out.data) + b * p.out.stride[0] + h * p.out.stride[1];
     C* lse = static_cast<C*>(p.lse) + (b * p.Hq + h) * p.Sq;
+    const double unit = score_unit(p);
     for_each_panel([&](int64_t l, auto vectors) {
       constexpr int kN = decltype(vectors)::value;
       const int64_t i = i0 + l, present = least<int64_t>(i1 - i, kN * n);
@@ -235,7 +236,7 @@ struct Forward {
         for (int64_t d = 0; d < p.Dv; ++d)
           store(o + d * kN * n, select(dead, Vec<C>{}, load(o + d * kN * n) * inverse));
       }
-      for (int64_t r = 0; r < present; ++r) lse[i + r] = C((double(reference[r]) + double(log[r])) * kLn2);
+      for (int64_t r = 0; r < present; ++r) lse[i + r] = C(reference[r] * unit + log[r] * kLn2);
       store_transposed<C>(out + i * p.out.stride[2], p.out.stride[2], s.out + l * p.Dv, kN * n, p.Dv, present);
     });
   }

@@ -19,24 +19,16 @@ struct Tile {
 
 enum class InLanes { queries, keys };
 
-// Scores leave the product as q . k, and are scaled to units of log2(e) on the way to their probability: scaling q or k
-// beforehand would round each element. Where a bias is added to them, or a scale below 0 would turn their order around,
-// apply_scores does it first. The choice is the problem's: masks alone must not change how a score is rounded.
-inline bool scales_first(const Problem& p) { return p.bias.data || !(p.scale > 0); }
+// Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
+// maximum or lse, and that loses least when it is taken before any scale. A bias needs scaled scores, a scale below 0
+// turns their order around, and one near 0 would push lse / scale out of range: then apply_scores scales first.
+inline bool scales_first(const Problem& p) { return p.bias.data || !(p.scale > 1e-20); }
+// What one unit of a score is worth then, in natural units.
+inline double score_unit(const Problem& p) { return scales_first(p) ? 1.0 : p.scale; }
 
 // Whether every pair of the tile keeps the score that the product gave.
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
   return !p.mask.data && !scales_first(p) && band.covers(t.i0, t.i1, t.j0, t.j1);
-}
-
-// What takes a score to units of log2(e), before apply_scores has ended and after.
-template <class C>
-HEEDFUL_FN C scale_before(const Problem& p) {
-  return scales_first(p) ? C(p.scale * kLog2e) : C(1);
-}
-template <class C>
-HEEDFUL_FN C scale_after(const Problem& p) {
-  return scales_first(p) ? C(1) : C(p.scale * kLog2e);
 }
 
 // The part of a [B, Hq, Sq, Sk] tensor under a tile.
@@ -58,7 +50,7 @@ HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t,
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
 }
 
-// s[row * stride + lane] gets its bias, and is -inf where the pair is masked. `width` is the
+// s[row * stride + lane] gets its bias; -inf where the pair is masked. `width` is the
 // tile's lanes rounded up to whole vectors; `bias` and `mask` are scratch of rows x width.
 template <InLanes in_lanes, class C>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
@@ -75,8 +67,8 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
   const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
   const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
-  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), log2e = broadcast<C>(C(kLog2e)),
-               scale = broadcast<C>(scale_before<C>(p));
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+  const Vec<C> scale = broadcast<C>(scales_first(p) ? C(p.scale) : C(1));
   for (int64_t l = 0; l < width; l += n) {
     Vec<I> first, end;
     const Vec<I> lane_index = iota<I>() + I(l);
@@ -95,7 +87,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
           allowed = in_band(allowed, lane_index, broadcast<I>(first_key(t.i0 + r)), broadcast<I>(end_key(t.i0 + r)));
       }
       if (p.mask.data) allowed &= load(mask + r * width + l) != Vec<C>{};
-      if (p.bias.data) x = add_bias(x, load(bias + r * width + l), log2e, minus_infinity);
+      if (p.bias.data) x = add_bias(x, load(bias + r * width + l), minus_infinity);
       store(s + r * stride + l, select(allowed, x, minus_infinity));
     }
   }

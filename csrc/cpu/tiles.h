@@ -56,7 +56,9 @@ HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t 
         to[r * to_stride + l] =
             l < lanes ? C(to_compute(from.data[r * from.row_stride + l * from.lane_stride])) * scale : C(0);
   };
-  if (from.lane_stride == 0) {
+  if (lanes <= 0) {
+    edge(0, rows, 0, width);  // zeros alone: there may be nothing to read
+  } else if (from.lane_stride == 0) {
     for (int64_t r = 0; r < rows; ++r) {
       const Vec<C> x = broadcast<C>(C(to_compute(from.data[r * from.row_stride])) * scale);
       for (int64_t l = 0; l < width; l += n) store(to + r * to_stride + l, x);

@@ -19,10 +19,10 @@ namespace heedful::cuda {
 __global__ void score_check(Problem p, const float* score, const float* bias, float* result) {
   const Band band(p, blockIdx.x);
   const int64_t i = blockIdx.y, j = threadIdx.x;
-  const float infinity = __int_as_float(0x7f800000), log2e = float(kLog2e);
-  float s = add_bias(score[j], bias[j], log2e, -infinity);
+  const float infinity = __int_as_float(0x7f800000);
+  float s = add_bias(score[j], bias[j], -infinity);
   s = select(in_band(true, j, band.first_key(i), band.end_key(i)), s, -infinity);
-  const float prob = exp2f(s - softmax_reference(s, -infinity));
+  const float prob = exp2f((s - softmax_reference(s, -infinity)) * float(kLog2e));
   result[j] = add_bias_gradient(result[j], score_gradient(prob, score[j], float(band.first_query(j))));
 }
 

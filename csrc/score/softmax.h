@@ -1,13 +1,15 @@
-// Softmax over scores in units of log2(e), one key block at a time.
-//   value        p = exp2(s - m) with a running maximum m;  lse = ln2 * (m + log2(sum p))
-//   derivative   p = exp2(s - lse / ln2);  ds = p * (dp - delta),  delta = sum(dout * out) - dlse
+// Softmax over scores, one key block at a time.
+//   value        p = exp(s - m) with a running maximum m;  lse = m + log(sum p)
+//   derivative   p = exp(s - lse);  ds = p * (dp - delta),  delta = sum(dout * out) - dlse
 // A score of -inf is a pair that does not exist. A row of only such scores has m = -inf and sums to 0.
 #pragma once
 
-#include "bias.h"
 #include "target.h"
 
 namespace heedful::HEEDFUL_TARGET {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
 
 // What scores are taken relative to: the maximum, or 0 for a row that has met no score yet (-inf - -inf is NaN).
 template <class V>
