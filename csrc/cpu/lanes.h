@@ -234,6 +234,13 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
 }
 template <class C>
 HEEDFUL_FN Vec<C> load_as(const bool* p, C) {
+#if defined(__AVX2__)
+  // The conversion below would be compiled element by element.
+  if constexpr (kLanes<C> == 8) {
+    typedef int32_t Eight __attribute__((vector_size(32)));
+    return __builtin_convertvector((Eight)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), Vec<C>);
+  }
+#endif
   typename VectorOf<uint8_t, kLanes<C>>::type bytes;
   __builtin_memcpy(&bytes, p, sizeof bytes);
   return __builtin_convertvector(bytes, Vec<C>);

@@ -60,8 +60,9 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   using I = Int<C>;
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
   const int64_t rows = queries_in_lanes ? keys : queries, lanes = queries_in_lanes ? queries : keys;
-  if (p.bias.data) load_bias<in_lanes, C>(bias, width, p, t, rows, lanes);
-  if (p.mask.data) load_tile<C>(mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
+  const bool biased = p.bias.data, masked = p.mask.data;
+  if (biased) load_bias<in_lanes, C>(bias, width, p, t, rows, lanes);
+  if (masked) load_tile<C>(mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
 
   // The keys that each query sees, counted from j0.
   const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
@@ -86,8 +87,8 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         else
           allowed = in_band(allowed, lane_index, broadcast<I>(first_key(t.i0 + r)), broadcast<I>(end_key(t.i0 + r)));
       }
-      if (p.mask.data) allowed &= load(mask + r * width + l) != Vec<C>{};
-      if (p.bias.data) x = add_bias(x, load(bias + r * width + l), minus_infinity);
+      if (masked) allowed &= load(mask + r * width + l) != Vec<C>{};
+      if (biased) x = add_bias(x, load(bias + r * width + l), minus_infinity);
       store(s + r * stride + l, select(allowed, x, minus_infinity));
     }
   }
