@@ -355,3 +355,7 @@ EMPTY = (
     *(Case((2, 2, 1, 5, 7, 0, 4), layouts=(layout,)) for layout in ("bhds", "expand_d", "scalar")),
     *(Case((2, 2, 1, 5, 7, 4, 0), layouts=(layout,)) for layout in ("bhds", "expand_d", "scalar")),
 )
+
+
+# Bands of (left, right), for sweeps over the position of the first query.
+WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 import cases
 from backends import Backend
-from cases import Case, build, causal, check
+from cases import WINDOWS, Case, build, causal, check
 
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
@@ -47,9 +47,6 @@ def test_groups_of_query_heads(group: int, backend: Backend) -> None:
         for kv_heads in (1, 2):
             case = causal((2, kv_heads * group, kv_heads, queries, 70, 16, 16))
             check(build(case, torch.float32, backend.device))
-
-
-WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)

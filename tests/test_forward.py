@@ -10,7 +10,7 @@ import cases
 import heedful
 import oracle
 from backends import Backend
-from cases import Case, Problem, build, causal, check, function_results, reference_results
+from cases import WINDOWS, Case, Problem, build, causal, check, function_results, reference_results
 
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
@@ -61,9 +61,6 @@ def test_groups_of_query_heads(group: int, queries: int, backend: Backend) -> No
     for kv_heads in (1, 2):
         case = causal((2, kv_heads * group, kv_heads, queries, 70, 16, 16))
         check_forward(build(case, torch.float32, backend.device))
-
-
-WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
