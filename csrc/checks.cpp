@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -93,13 +94,124 @@ DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-const int64_t* per_sequence(const char* name, const std::optional<Tensor>& t, const Tensor& q, Call& call) {
-  if (!t) return nullptr;
-  expect_shape(name, *t, {call.problem.B}, "[B]");
-  expect_dtype(name, *t, ScalarType::Long, "");
-  expect_device(name, *t, q);
-  call.kept.push_back(torch::stable::contiguous(*t));
+// An int64 tensor of this shape, kept for as long as the call.
+const int64_t* integers(const char* name, const Tensor& t, const Shape& shape, const char* layout, const Tensor& q,
+                        Call& call) {
+  expect_shape(name, t, shape, layout);
+  expect_dtype(name, t, ScalarType::Long, "");
+  expect_device(name, t, q);
+  call.kept.push_back(torch::stable::contiguous(t));
   return static_cast<const int64_t*>(call.kept.back().data_ptr());
+}
+
+const int64_t* per_sequence(const char* name, const std::optional<Tensor>& t, const Tensor& q, Call& call) {
+  return t ? integers(name, *t, {call.problem.B}, "[B]", q, call) : nullptr;
+}
+
+// Sequences packed one after the other: their number, and the length of the longest.
+const int64_t* packed(const char* name, const std::optional<Tensor>& t, const Tensor& q, int64_t rows, Call& call,
+                      int64_t* longest) {
+  if (t->dim() != 1 || t->size(0) < 1) fail(name, "a tensor [sequences + 1]", text(shape_of(*t)));
+  const int64_t count = t->size(0), *offsets = integers(name, *t, {count}, "[sequences + 1]", q, call);
+  *longest = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    if (offsets[b] < (b ? offsets[b - 1] : 0) || offsets[b] > rows)
+      fail(name, "offsets that do not decrease, from 0 to at most " + std::to_string(rows), std::to_string(offsets[b]));
+    if (b) *longest = std::max(*longest, offsets[b] - offsets[b - 1]);
+  }
+  return offsets;
+}
+
+// Numbers for each head: [(rows,) Hq], or with a batch dimension in front.
+Parameter parameter(const char* name, const std::optional<Tensor>& t, const Tensor& q, int64_t rows, bool has_rows,
+                    Call& call) {
+  if (!t) return {};
+  const Problem& p = call.problem;
+  Shape one = {p.Hq}, each = {p.B, p.Hq};
+  if (has_rows) one = {rows, p.Hq}, each = {p.B, rows, p.Hq};
+  const Shape shape = shape_of(*t);
+  if (shape != one && shape != each)
+    fail(name, (has_rows ? "[rows, Hq] = " : "[Hq] = ") + text(one) + " or, for each sequence, " + text(each),
+         text(shape));
+  const ScalarType type = t->scalar_type();
+  if (type != q.scalar_type() && type != ScalarType::Float)
+    fail(name, text(q.scalar_type()) + ", as q, or float32", text(type));
+  expect_device(name, *t, q);
+  const ScalarType compute = compute_type(p.dtype);
+  call.kept.push_back(torch::stable::contiguous(type == compute ? *t : torch::stable::to(*t, compute)));
+  return {call.kept.back().data_ptr(), shape == one ? 0 : rows * p.Hq, nullptr};
+}
+
+// Finds the first element of an integer tensor outside [low, end).
+template <class T>
+void expect_range(const char* name, const Tensor& t, int64_t low, int64_t end) {
+  const Tensor flat = torch::stable::contiguous(t);
+  const T* data = static_cast<const T*>(flat.data_ptr());
+  for (int64_t i = 0; i < flat.numel(); ++i)
+    if (data[i] < low || data[i] >= end)
+      fail(name, "values from " + std::to_string(low) + " to below " + std::to_string(end), std::to_string(data[i]));
+}
+
+void check_table(const Arguments& a, const Tensor& q, Call& call) {
+  Problem& p = call.problem;
+  if (bool(a.table) != bool(a.buckets))
+    fail(a.table ? "buckets" : "table", a.table ? "a tensor beside table" : "a tensor beside buckets", "None");
+  if (!a.table) return;
+  const int64_t rank = a.table->dim();
+  if (rank != 2 && rank != 3) fail("table", "2 dimensions [rows, Hq] or 3 [B, rows, Hq]", text(shape_of(*a.table)));
+  p.table_rows = a.table->size(rank - 2);
+  p.table = parameter("table", a.table, q, p.table_rows, true, call);
+  if (a.buckets->dim() != 1 || a.buckets->size(0) % 2 == 0)
+    fail("buckets", "a tensor [2 max_distance + 1]", text(shape_of(*a.buckets)));
+  p.max_distance = a.buckets->size(0) / 2;
+  p.buckets = integers("buckets", *a.buckets, shape_of(*a.buckets), "[2 max_distance + 1]", q, call);
+  expect_range<int64_t>("buckets", *a.buckets, 0, p.table_rows);
+}
+
+void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
+  Problem& p = call.problem;
+  if (a.bits && !a.tiles) fail("tiles", "a tensor beside bits", "None");
+  if (!a.tiles) return;
+  const auto count = [](int64_t rows) { return (rows + kMaskTile - 1) / kMaskTile; };
+  const Shape shape = shape_of(*a.tiles), full = {p.B, p.Hq, count(p.Sq), count(p.Sk)};
+  bool fits = shape.size() == 4 && shape[2] == full[2] && shape[3] == full[3];
+  for (size_t i = 0; fits && i < 2; ++i) fits = shape[i] == full[i] || shape[i] == 1;
+  if (!fits) fail("tiles", "[B or 1, Hq or 1, Sq / 64, Sk / 64], rounded up, = " + text(full), text(shape));
+  expect_dtype("tiles", *a.tiles, ScalarType::Int, "");
+  expect_device("tiles", *a.tiles, q);
+  int64_t partial = 0;
+  if (a.bits) {
+    if (a.bits->dim() != 2 || a.bits->size(1) != kMaskTile) fail("bits", "[partial tiles, 64]", text(shape_of(*a.bits)));
+    partial = a.bits->size(0);
+    p.bits = integers("bits", *a.bits, {partial, kMaskTile}, "[partial tiles, 64]", q, call);
+  }
+  expect_range<int32_t>("tiles", *a.tiles, kEmptyTile, kFirstPartialTile + partial);
+  p.tiles = broadcast_view(*a.tiles);
+}
+
+void check_dropout(const Arguments& a, const Tensor& q, Call& call) {
+  Problem& p = call.problem;
+  if (!(a.dropout_p >= 0 && a.dropout_p <= 1)) fail("dropout_p", "a probability", std::to_string(a.dropout_p));
+  p.keep = uint32_t(std::nearbyint((1 - a.dropout_p) * kKeepAll));
+  if (a.dropout_p > 0 && !a.seed) fail("seed", "a tensor where dropout_p is above 0", "None");
+  if (!a.seed) return;
+  const int64_t count = a.seed->numel();
+  if (a.seed->dim() > 1 || (count != 1 && count != p.B)) fail("seed", "one number, or [B]", text(shape_of(*a.seed)));
+  p.seeds = integers("seed", *a.seed, shape_of(*a.seed), "[B]", q, call);
+  p.seeds_stride = count == 1 ? 0 : 1;
+}
+
+Similarity similarity_of(const std::string& name) {
+  if (name == "dot") return Similarity::dot;
+  if (name == "cosine") return Similarity::cosine;
+  if (name == "gaussian") return Similarity::gaussian;
+  fail("similarity", "\"dot\", \"cosine\" or \"gaussian\"", "\"" + name + "\"");
+}
+
+Normalizer normalizer_of(const std::string& name) {
+  if (name == "softmax") return Normalizer::softmax;
+  if (name == "hard") return Normalizer::hard;
+  fail("normalizer", "\"softmax\" or \"hard\"", "\"" + name + "\"");
 }
 
 }  // namespace
@@ -126,7 +238,7 @@ Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_
   return torch::stable::new_empty(like, Shape{batch, heads, rows, dim});
 }
 
-Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& a) {
   Call call{};
   Problem& p = call.problem;
   expect_rank("q", q, "[B, Hq, Sq, D]");
@@ -134,6 +246,7 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   expect_rank("v", v, "[B, Hk, Sk, Dv]");
   p.B = q.size(0), p.Hq = q.size(1), p.Sq = q.size(2), p.D = q.size(3);
   p.Hk = k.size(1), p.Sk = k.size(2), p.Dv = v.size(3);
+  p.q_rows = p.Sq, p.k_rows = p.Sk;
   expect_shape("k", k, {p.B, p.Hk, p.Sk, p.D}, "[B, Hk, Sk, D], with B and D as q's,");
   expect_shape("v", v, {p.B, p.Hk, p.Sk, p.Dv}, "[B, Hk, Sk, Dv], with B, Hk and Sk as k's,");
   if (p.Hk == 0 ? p.Hq != 0 : p.Hq % p.Hk != 0)
@@ -145,37 +258,65 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   expect_device("v", v, q);
   p.q = view_of(q), p.k = view_of(k), p.v = view_of(v);
 
-  if (options.mask) {
-    expect_broadcastable("mask", *options.mask, p);
-    expect_dtype("mask", *options.mask, ScalarType::Bool, "");
-    expect_device("mask", *options.mask, q);
-    p.mask = broadcast_view(*options.mask);
+  call.kept.reserve(16);
+  if (bool(a.q_offsets) != bool(a.k_offsets))
+    fail(a.q_offsets ? "k_offsets" : "q_offsets", "a tensor: both or neither are packed", "None");
+  if (a.q_offsets) {
+    if (p.B != 1) fail("q", "a batch of 1 where sequences are packed", std::to_string(p.B));
+    p.q_offsets = packed("q_offsets", a.q_offsets, q, p.q_rows, call, &p.Sq);
+    p.k_offsets = packed("k_offsets", a.k_offsets, q, p.k_rows, call, &p.Sk);
+    if (a.k_offsets->size(0) != a.q_offsets->size(0))
+      fail("k_offsets", "as many sequences as q_offsets, " + std::to_string(a.q_offsets->size(0) - 1),
+           std::to_string(a.k_offsets->size(0) - 1));
+    p.B = a.q_offsets->size(0) - 1;
   }
-  if (options.bias) {
-    expect_broadcastable("bias", *options.bias, p);
-    const ScalarType type = options.bias->scalar_type();
+  p.q_lengths = per_sequence("q_lengths", a.q_lengths, q, call);
+  p.k_lengths = per_sequence("k_lengths", a.k_lengths, q, call);
+  p.q_starts = per_sequence("q_starts", a.q_starts, q, call);
+  p.q_start = a.q_start;
+  p.left = a.left.value_or(kUnbounded);
+  p.right = a.right.value_or(kUnbounded);
+  if (a.mask) {
+    expect_broadcastable("mask", *a.mask, p);
+    expect_dtype("mask", *a.mask, ScalarType::Bool, "");
+    expect_device("mask", *a.mask, q);
+    p.mask = broadcast_view(*a.mask);
+  }
+  check_tiles(a, q, call);
+
+  p.similarity = similarity_of(a.similarity);
+  p.normalizer = normalizer_of(a.normalizer);
+  if (a.scale && a.scales) fail("scale", "None where scales is given", std::to_string(*a.scale));
+  p.scale = a.scale.value_or(p.D && p.similarity == Similarity::dot ? 1 / std::sqrt(double(p.D)) : 1.0);
+  if (!std::isfinite(p.scale)) fail("scale", "a finite number", std::to_string(p.scale));
+  p.softcap = a.softcap.value_or(0);
+  if (a.softcap && !(p.softcap > 0 && std::isfinite(p.softcap)))
+    fail("softcap", "a number above 0", std::to_string(p.softcap));
+  p.scales = parameter("scales", a.scales, q, 1, false, call);
+  p.sinks = parameter("sinks", a.sinks, q, 1, false, call);
+  p.slopes = parameter("slopes", a.slopes, q, 1, false, call);
+  check_table(a, q, call);
+  if (a.bias) {
+    expect_broadcastable("bias", *a.bias, p);
+    const ScalarType type = a.bias->scalar_type();
     if (type != q.scalar_type() && type != ScalarType::Float)
       fail("bias", text(q.scalar_type()) + ", as q, or float32", text(type));
-    expect_device("bias", *options.bias, q);
-    p.bias = broadcast_view(*options.bias);
-    p.bias_dtype = dtype_of("bias", *options.bias);
+    expect_device("bias", *a.bias, q);
+    p.bias = broadcast_view(*a.bias);
+    p.bias_dtype = dtype_of("bias", *a.bias);
   }
-  call.kept.reserve(3);
-  p.q_lengths = per_sequence("q_lengths", options.q_lengths, q, call);
-  p.k_lengths = per_sequence("k_lengths", options.k_lengths, q, call);
-  p.q_starts = per_sequence("q_starts", options.q_starts, q, call);
-  p.q_start = options.q_start;
-  p.left = options.left.value_or(kUnbounded);
-  p.right = options.right.value_or(kUnbounded);
-  p.scale = options.scale.value_or(p.D ? 1 / std::sqrt(double(p.D)) : 1.0);
-  if (!std::isfinite(p.scale)) fail("scale", "a finite number", std::to_string(p.scale));
+  check_dropout(a, q, call);
   return call;
 }
 
+void check_wanted(const char* name, bool wanted, const std::optional<Tensor>& tensor) {
+  if (wanted && !tensor) fail(name, "False where there is none of it", "True");
+}
+
 void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
-                    const Tensor& out, const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias) {
+                    const Tensor& out, const Tensor& lse) {
   Problem& p = call.problem;
-  const Shape result = {p.B, p.Hq, p.Sq, p.Dv}, rows = {p.B, p.Hq, p.Sq};
+  const Shape result = {q.size(0), p.Hq, p.q_rows, p.Dv}, rows = {q.size(0), p.Hq, p.q_rows};
   const ScalarType compute = compute_type(p.dtype);
   expect_shape("dout", dout, result, "[B, Hq, Sq, Dv]");
   expect_shape("out", out, result, "[B, Hq, Sq, Dv]");
@@ -186,7 +327,6 @@ void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>&
   expect_device("dout", dout, q);
   expect_device("out", out, q);
   expect_device("lse", lse, q);
-  if (bias_grad && !bias) fail("bias_grad", "False where there is no bias", "True");
   p.dout = view_of(dout);
   p.out = view_of(out);
   call.kept.push_back(torch::stable::contiguous(lse));

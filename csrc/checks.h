@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "problem.h"
@@ -13,12 +14,15 @@ namespace heedful {
 
 using torch::stable::Tensor;
 
-// The options that forward and backward share.
-struct Options {
-  const std::optional<Tensor>&mask, &bias, &q_lengths, &k_lengths, &q_starts;
+// The arguments that forward and backward share, in the schema's order (library.cpp).
+struct Arguments {
+  const std::optional<Tensor>&bias, &scales, &sinks, &slopes, &table, &buckets, &mask, &tiles, &bits, &q_lengths,
+      &k_lengths, &q_starts, &q_offsets, &k_offsets, &seed;
   int64_t q_start;
   std::optional<int64_t> left, right;
-  std::optional<double> scale;
+  std::optional<double> scale, softcap;
+  const std::string &similarity, &normalizer;
+  double dropout_p;
 };
 
 // A checked problem, and the tensors that its pointers belong to.
@@ -27,9 +31,11 @@ struct Call {
   std::vector<Tensor> kept;
 };
 
-Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options);
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& arguments);
 void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
-                    const Tensor& out, const Tensor& lse, bool bias_grad, const std::optional<Tensor>& bias);
+                    const Tensor& out, const Tensor& lse);
+// That a gradient is asked for only of what was given.
+void check_wanted(const char* name, bool wanted, const std::optional<Tensor>& tensor);
 
 torch::headeronly::ScalarType compute_type(DType dtype);
 

@@ -1,10 +1,12 @@
-"""The one table of cases that every backend runs, how a case becomes tensors, and how results are judged."""
+"""A case of the tests, how it becomes tensors, what heedful makes of them, and how that is judged."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,10 +14,14 @@ from torch import Tensor
 
 import heedful
 import oracle
+import oracle_scores
+from heedful import definition
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+PARAMETERS = ("bias", "scales", "sinks", "slopes", "table")  # the inputs beside q, k and v that have gradients
+NAMES = ("out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in PARAMETERS))
 FULL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN, BSHD = "contiguous", "bshd"
+BUCKETS = 8
 LAYOUTS = (PLAIN, BSHD, "sbhd", "packed", "bhds", "strided", "offset", "overlap", "negated")
 EXPANDED = ("expand_b", "expand_h", "expand_s", "expand_d", "scalar")
 
@@ -74,7 +80,7 @@ def cast(x: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
 class Case:
     """One problem: sizes are (B, Hq, Hk, Sq, Sk, D, Dv); the rest is as in torch.ops.heedful.attention_forward.
 
-    `mask` and `bias` name, out of "bhqk", the dimensions that are not broadcast: "bk" is [B, 1, 1, Sk]; None is absent.
+    Shapes are named, out of "bhqk", by the dimensions that are not broadcast: "bk" is [B, 1, 1, Sk]; None is absent.
     """
 
     sizes: tuple[int, int, int, int, int, int, int]
@@ -89,6 +95,21 @@ class Case:
     wide_bias: bool = False  # a float32 bias (float64 beside float64)
     holes: float = 0.0  # the share of -inf in the bias
     scale: float | None = None
+    scales: str | None = None  # "h" or "bh", as sinks, slopes and table
+    sinks: str | None = None
+    slopes: str | None = None
+    table: str | None = None
+    wide: bool = False  # those four in float32 (float64 beside float64)
+    reach: int = 9  # the table's largest distance
+    t5: bool = False  # T5's buckets, not random ones
+    similarity: str = "dot"
+    softcap: float | None = None
+    normalizer: str = "softmax"
+    dropout_p: float = 0.0
+    seeds: bool = False  # a seed for each sequence
+    tiles: str | None = None  # random blocks, "", "b", "h" or "bh"
+    packed: tuple[tuple[int, int], ...] | None = None  # the lengths of each sequence, of which sizes holds the longest
+    outside: int = 0  # rows before all packed sequences, and after them
     layouts: tuple[str, ...] = (PLAIN,)  # of q, k, v, dout, mask, bias; the last one repeats
     gain: float = 1.0  # multiplies q: peaked scores
     shift: float = 0.0  # added to v
@@ -107,6 +128,12 @@ def causal(case_sizes: tuple[int, ...], **options: Any) -> Case:
     return Case(case_sizes, right=0, q_start=case_sizes[4] - case_sizes[3], **options)
 
 
+def packed(heads: tuple[int, int], widths: tuple[int, int], *lengths: tuple[int, int], **options: Any) -> Case:
+    """The case of packed sequences of the given (queries, keys), of heads (Hq, Hk) and widths (D, Dv)."""
+    longest = (max(n[x] for n in lengths) for x in (0, 1))
+    return Case((len(lengths), *heads, *longest, *widths), packed=lengths, **options)
+
+
 @dataclass
 class Problem:
     """The tensors of a case, and the options in the form that the ops take them."""
@@ -119,18 +146,26 @@ class Problem:
     dlse: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those of PARAMETERS that the problem has."""
+        return {name: self.options[name] for name in PARAMETERS if name in self.options}
+
     def forward(self) -> tuple[Tensor, Tensor]:
         return torch.ops.heedful.attention_forward(self.q, self.k, self.v, **self.options)
 
     def results(self) -> dict[str, Tensor]:
-        """out, lse, dq, dk, dv and, with a bias, dbias, of the two ops called directly."""
+        """out, lse, dq, dk, dv and the gradient of each parameter, of the two ops called directly."""
         out, lse = self.forward()
-        bias_grad = "bias" in self.options
+        wanted = {f"{name}_grad": True for name in self.parameters}
         gradients = torch.ops.heedful.attention_backward(
-            self.dout, self.dlse, self.q, self.k, self.v, out, lse, **self.options, bias_grad=bias_grad
+            self.dout, self.dlse, self.q, self.k, self.v, out, lse, **self.options, **wanted
         )
-        assert (gradients[3] is not None) == bias_grad
-        return dict(zip(NAMES, (out, lse, *(gradients if bias_grad else gradients[:3])), strict=False))
+        results = dict(zip(NAMES, (out, lse, *gradients), strict=True))
+        unwanted = [name for name in PARAMETERS if name not in self.options]
+        assert all(results.pop(f"d{name}") is None for name in unwanted), "a gradient that nobody asked for"
+        assert all(x is not None for x in results.values())
+        return results
 
     def truth(self, gradients: bool = True, **how: Any) -> oracle.Truth:
         if gradients:
@@ -148,41 +183,110 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     def draw(shape: tuple[int, ...], layout: str, gain: float = 1.0, shift: float = 0.0) -> Tensor:
         return cast(mapped(filled(shape, layout, generator), lambda values: values * gain + shift), dtype, device)
 
-    def partial(dimensions: str, layout: str) -> Tensor:
-        shape = tuple(size if name in dimensions else 1 for name, size in zip("bhqk", (b, hq, sq, sk), strict=True))
-        return filled(shape, layout, generator)
+    def shape(dimensions: str, names: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(size if name in dimensions else 1 for name, size in zip(names, sizes, strict=True))
 
     def punched(values: Tensor) -> Tensor:
         return values.masked_fill(torch.rand(values.shape, generator=generator) < case.holes, -math.inf)
 
-    q = draw((b, hq, sq, d), layouts[0], gain=case.gain)
-    k = draw((b, hk, sk, d), layouts[1])
-    v = draw((b, hk, sk, dv), layouts[2], shift=case.shift)
-    dout = draw((b, hq, sq, dv), layouts[3])
-    dlse = cast(torch.randn(b, hq, sq, generator=generator, dtype=torch.float64), wide, device)
+    # Hard attention is decided by the last bit of near-equal scores: numbers that no kernel rounds make ties exact.
+    exact = case.normalizer == "hard" and case.similarity != "cosine"
+
+    def on_grid(values: Tensor) -> Tensor:
+        return (values * 4).round() / 4 if exact else values
+
+    rows, columns, sequences = sq, sk, b
+    if case.packed is not None:
+        assert len(case.packed) == b and (sq, sk) == tuple(max((n[x] for n in case.packed), default=0) for x in (0, 1))
+        sequences, (rows, columns) = 1, (sum(n[x] for n in case.packed) + 2 * case.outside for x in (0, 1))
+    q = draw((sequences, hq, rows, d), layouts[0], gain=case.gain)
+    k = draw((sequences, hk, columns, d), layouts[1])
+    if exact:
+        q, k = (mapped(x, lambda values: values.round().clamp(-2, 2)) for x in (q, k))
+    v = draw((sequences, hk, columns, dv), layouts[2], shift=case.shift)
+    dout = draw((sequences, hq, rows, dv), layouts[3])
+    dlse = cast(torch.randn(sequences, hq, rows, generator=generator, dtype=torch.float64), wide, device)
     options: dict[str, Any] = {}
-    if case.mask is not None:  # three in four pairs are allowed
-        values = partial(case.mask, PLAIN if layouts[4] == "negated" else layouts[4])
-        options["mask"] = mapped(values, lambda values: (values > -0.67).to(device))
     if case.bias is not None:
-        bias = partial(case.bias, layouts[5])
+        bias = mapped(filled(shape(case.bias, "bhqk", (b, hq, sq, sk)), layouts[5], generator), on_grid)
         options["bias"] = cast(mapped(bias, punched) if case.holes else bias, wide if case.wide_bias else dtype, device)
+    if case.mask is not None:  # three in four pairs are allowed
+        layout = PLAIN if layouts[4] == "negated" else layouts[4]
+        values = filled(shape(case.mask, "bhqk", (b, hq, sq, sk)), layout, generator)
+        options["mask"] = mapped(values, lambda values: (values > -0.67).to(device))
+    for name in ("scales", "sinks", "slopes", "table"):
+        if (dimensions := getattr(case, name)) is None:
+            continue
+        sizes = (BUCKETS, hq) if name == "table" else (hq,)
+        sizes = (b, *sizes) if "b" in dimensions else sizes
+        values = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        if name == "scales":  # around the default for "dot", a few for the others
+            usual = {"dot": 1 / math.sqrt(max(d, 1)), "cosine": 4.0, "gaussian": 0.2}[case.similarity]
+            values = usual * (1 + values / 2)
+        values = values * {"slopes": 0.1, "sinks": 2.0}.get(name, 1)
+        options[name] = on_grid(values).to(device, wide if case.wide else dtype)
+    if case.table is not None:
+        distance = torch.arange(-case.reach, case.reach + 1)
+        buckets = torch.randint(BUCKETS, distance.shape, generator=generator)
+        options["buckets"] = (t5_buckets(distance, BUCKETS, case.reach) if case.t5 else buckets).to(device)
+    if case.tiles is not None:
+        sizes = shape(case.tiles + "qk", "bhqk", (b, hq, -(-sq // 64), -(-sk // 64)))
+        options |= random_blocks(sizes, generator, device)
+    if case.dropout_p:
+        seeds = torch.randint(-(2**63), 2**63 - 1, (b if case.seeds else 1,), generator=generator)
+        options["seed"] = seeds.to(device)
+    if case.packed is not None:
+        for n, name in enumerate(("q_offsets", "k_offsets")):
+            lengths = torch.tensor([case.outside, *(pair[n] for pair in case.packed)], dtype=torch.int64)
+            options[name] = lengths.cumsum(0).to(device)
     for name in ("q_starts", "q_lengths", "k_lengths"):
         if getattr(case, name) is not None:
             options[name] = torch.tensor(getattr(case, name), dtype=torch.int64, device=device)
-    for name in ("q_start", "left", "right", "scale"):
-        if getattr(case, name) not in (None, type(case).__dataclass_fields__[name].default):
+    for name in ("q_start", "left", "right", "scale", "softcap", "similarity", "normalizer", "dropout_p"):
+        if getattr(case, name) != type(case).__dataclass_fields__[name].default:
             options[name] = getattr(case, name)
     return Problem(case, q, k, v, dout, dlse, options)
 
 
+def t5_buckets(distance: Tensor, count: int, furthest: int) -> Tensor:
+    """T5's bucket of each distance from a query to a key, in both directions, as transformers computes it."""
+    count //= 2
+    exact = count // 2
+    near = distance.abs()
+    far = torch.log(near.float() / exact) / math.log(furthest / exact) * (count - exact)
+    far = (exact + far.clamp(min=0).long()).clamp(max=count - 1)
+    return torch.where(distance > 0, count, 0) + torch.where(near < exact, near, far)
+
+
+def random_blocks(shape: tuple[int, ...], generator: torch.Generator, device: str) -> dict[str, Tensor]:
+    """tiles of `shape` and their bits: one in five tiles is empty, two are full, two hold random pairs of their own."""
+    kind = torch.randint(5, shape, generator=generator)
+    partial = kind >= 3
+    tiles = torch.where(partial, 1 + partial.flatten().cumsum(0).view(shape), kind.clamp(max=1))
+    bits = torch.randint(-(2**63), 2**63 - 1, (int(partial.sum()), 64), generator=generator)
+    return {"tiles": tiles.to(device, torch.int32), "bits": bits.to(device)}
+
+
+def expressible(case: Case) -> bool:
+    """Whether users can type the case: windows have no negative sides, tables T5's buckets for all sequences."""
+    sides = (case.left or 0) >= 0 and (case.right or 0) >= 0
+    return sides and (case.table is None or (case.t5 and case.table == "h"))
+
+
 def api_arguments(problem: Problem) -> dict[str, Any]:
-    """The problem's options as heedful.attention takes them: mask objects joined by &, and `align`."""
-    options = dict(problem.options)
-    align = options.pop("q_starts", options.pop("q_start", 0))
-    masks = []
+    """The problem's options as heedful.attention takes them: mask and bias objects, joined by & and +, and `align`.
+
+    Blocks become a mask of single pairs.
+    """
+    options = {"scale": problem.options.get("scales"), **problem.options}
+    start = options.pop("q_start", 0)
+    masks, biases = [], []
     if "mask" in options:
         masks.append(options.pop("mask"))
+    if "tiles" in options:
+        _, _, _, queries, keys, _, _ = problem.case.sizes
+        tiles, bits = (options.pop(name).cpu() for name in ("tiles", "bits"))
+        masks.append(oracle_scores.of_tiles(tiles, bits, queries, keys).to(problem.q.device))
     if "k_lengths" in options:
         masks.append(heedful.KeyLengths(options.pop("k_lengths")))
     if "q_lengths" in options:
@@ -192,28 +296,67 @@ def api_arguments(problem: Problem) -> dict[str, Any]:
         masks.append(heedful.Causal())
     elif (left, right) != (None, None):
         masks.append(heedful.SlidingWindow(left, right))
-    options.pop("q_start", None)
-    mask = None
-    for one in masks:
-        mask = one if mask is None else mask & one
-    return {"mask": mask, "align": align, **options}
+    if "bias" in options:
+        biases.append(options.pop("bias"))
+    if "slopes" in options:
+        biases.append(heedful.ALiBi(options.pop("slopes")))
+    if "table" in options:
+        biases.append(heedful.RelativeBias(options.pop("table"), max_distance=problem.case.reach))
+    if options.get("similarity") == "gaussian":
+        options["similarity"] = heedful.Gaussian(1.0)
+    unknown = ("scales", "buckets", "q_starts", "q_offsets", "k_offsets")
+    joined = {
+        "mask": reduce(operator.and_, masks) if masks else None,
+        "bias": reduce(operator.add, biases) if biases else None,
+        "align": options.get("q_starts", start),
+    }
+    return joined | {name: x for name, x in options.items() if name not in unknown}
 
 
-def function_results(problem: Problem, function: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """What problem.results() holds, of `function` (heedful.attention or one like it) and of autograd through it."""
-    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    arguments = api_arguments(problem)
-    if "bias" in arguments:
-        arguments["bias"] = arguments["bias"].detach().requires_grad_()
-        inputs.append(arguments["bias"])
-    out, lse = function(*inputs[:3], **arguments, return_lse=True)
-    gradients = torch.autograd.grad((out, lse), inputs, (problem.dout, problem.dlse))
-    return dict(zip(NAMES, (out.detach(), lse.detach(), *gradients), strict=False))
+def function_results(problem: Problem, module: Any) -> dict[str, Tensor]:
+    """What problem.results() holds, of a module's `attention` or `varlen_attention` and of autograd through it."""
+    leaves, differentiable = differentiated(problem)
+    arguments = api_arguments(differentiable)
+    q, k, v = (leaves[name] for name in ("q", "k", "v"))
+    if problem.case.packed is None:
+        out, lse = module.attention(q, k, v, **arguments, return_lse=True)
+    else:
+        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+        offsets = (problem.options["q_offsets"], problem.options["k_offsets"])
+        out, lse = module.varlen_attention(*rows, *offsets, **arguments, return_lse=True)
+        out, lse = out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
+    return with_gradients(problem, leaves, out, lse)
+
+
+def differentiated(problem: Problem) -> tuple[dict[str, Tensor], Problem]:
+    """Every input that has a gradient as a leaf, and the problem made of those."""
+    inputs = {name: getattr(problem, name) for name in ("q", "k", "v")} | problem.parameters
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    options = problem.options | {name: leaves[name] for name in problem.parameters}
+    return leaves, replace(problem, q=leaves["q"], k=leaves["k"], v=leaves["v"], options=options)
+
+
+def with_gradients(problem: Problem, leaves: dict[str, Tensor], out: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """What problem.results() holds, of out and lse that autograd has recorded."""
+    pairs = [(x, dx) for x, dx in ((out, problem.dout), (lse, problem.dlse)) if x.requires_grad]
+    outputs, upstream = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, materialize_grads=True)
+    named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **named}
 
 
 def reference_results(problem: Problem) -> dict[str, Tensor]:
     """problem.results() of heedful.reference."""
-    return function_results(problem, heedful.reference.attention)
+    return function_results(problem, heedful.reference)
+
+
+def definition_results(problem: Problem) -> dict[str, Tensor]:
+    """problem.results() of the definition that heedful.reference calls, which takes what the ops take."""
+    leaves, recorded = differentiated(problem)
+    named = {"q": recorded.q, "k": recorded.k, "v": recorded.v, **recorded.options}
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    out, lse = definition.whole(tensors, {name: x for name, x in named.items() if name not in tensors})
+    return with_gradients(problem, leaves, out.to(problem.q.dtype), lse)
 
 
 def differences(results: dict[str, Tensor], truth: oracle.Truth, dtype: torch.dtype) -> list[str]:
@@ -250,112 +393,9 @@ def check(problem: Problem, results: dict[str, Tensor] | None = None, truth: ora
     dtype = problem.q.dtype
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     dtypes = {name: wide if name == "lse" else dtype for name in results}
-    if "dbias" in results:
-        dtypes["dbias"] = problem.options["bias"].dtype
+    dtypes |= {f"d{name}": x.dtype for name, x in problem.parameters.items()}
     wrong = [
         f"{n}: dtype {short(x.dtype)}, expected {short(dtypes[n])}" for n, x in results.items() if x.dtype != dtypes[n]
     ]
     wrong += differences(results, problem.truth("dq" in results) if truth is None else truth, dtype)
     assert not wrong, "\n".join([f"{problem.case} {short(dtype)}", *wrong])
-
-
-# Sizes that meet, or just miss, the ends of query panels (8..64), key blocks (64..256) and backward blocks (64..128).
-LENGTHS = (1, 2, 5, 7, 8, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 197, 255, 257, 300)
-WIDTHS = (1, 2, 3, 5, 8, 16, 17, 32, 33, 40, 64, 80, 96, 128, 129, 160, 256, 300)
-
-SMALL = (2, 4, 2, 19, 23, 8, 8)
-TILES = (1, 2, 1, 70, 150, 16, 24)
-BROADCASTS = tuple("".join(c for n, c in enumerate("bhqk") if bits >> n & 1) for bits in range(16))
-
-TABLE = (
-    Case((2, 3, 3, 5, 7, 4, 4)),
-    Case(SMALL),
-    Case(TILES),
-    Case((1, 1, 1, 1, 300, 64, 64)),
-    Case((1, 1, 1, 300, 1, 64, 64)),
-    Case((1, 2, 2, 129, 257, 40, 33)),
-    Case((3, 6, 1, 9, 65, 17, 5), seed=1),
-    Case((2, 8, 2, 1, 130, 32, 32), seed=2),
-    # Scales, and scores far apart.
-    Case(SMALL, scale=0.0),
-    Case(SMALL, scale=-0.5),
-    Case(TILES, gain=8.0),
-    Case(TILES, scale=3.0, shift=5.0),
-    # Positions.
-    causal(SMALL),
-    causal(TILES),
-    Case(TILES, right=0),
-    causal((1, 2, 2, 197, 197, 32, 32)),
-    causal((1, 1, 1, 300, 100, 16, 16)),
-    Case((1, 1, 1, 150, 70, 16, 16), right=0, q_start=-40),
-    Case(TILES, right=0, q_start=1000),
-    Case(TILES, right=0, q_start=-1000),
-    Case(TILES, left=20, right=0, q_start=80),
-    Case(TILES, left=0, q_start=30),
-    Case(TILES, left=5, right=70, q_start=-10),
-    Case(TILES, left=-3, right=40, q_start=20),
-    Case(TILES, left=2, right=-5),
-    Case((3, 2, 2, 33, 90, 8, 8), right=0, q_starts=(57, -3, 20)),
-    Case((3, 2, 1, 33, 90, 8, 8), left=17, right=3, q_starts=(0, 100, -200)),
-    # Lengths, beyond their range too.
-    Case((4, 2, 1, 70, 150, 16, 16), k_lengths=(150, 0, 65, 1)),
-    Case((4, 2, 2, 70, 70, 16, 16), q_lengths=(0, 70, 64, 33)),
-    Case(
-        (4, 2, 2, 20, 30, 8, 8), q_lengths=(-5, 99, 20, 3), k_lengths=(7, -1, 31, 12), right=0, q_starts=(4, 0, 10, 9)
-    ),
-    Case((3, 2, 1, 130, 140, 16, 16), q_lengths=(130, 65, 1), k_lengths=(129, 140, 64), left=50, right=0, q_start=10),
-    # Masks and biases of every shape that broadcasts.
-    *(Case((2, 4, 2, 19, 23, 4, 4), mask=shape, seed=n) for n, shape in enumerate(BROADCASTS)),
-    *(Case((2, 4, 2, 19, 23, 4, 4), bias=shape, wide_bias=n % 3 == 0, seed=n) for n, shape in enumerate(BROADCASTS)),
-    Case(TILES, mask="qk"),
-    Case((2, 2, 2, 70, 150, 16, 16), mask="bk", right=0, q_start=80),
-    Case(TILES, bias="hqk", holes=0.3),
-    Case(TILES, bias="hqk", wide_bias=True, left=70, right=0, q_start=80),
-    Case((2, 2, 1, 130, 130, 8, 8), bias="k", mask="q", right=0),
-    Case(
-        (2, 2, 2, 70, 150, 16, 16), bias="bhqk", mask="bhqk", holes=0.1, k_lengths=(140, 65), q_lengths=(70, 9), left=90
-    ),
-    Case((2, 2, 2, 40, 70, 8, 8), bias="qk", mask="bhqk", layouts=(PLAIN,) * 4 + ("bhds", "strided")),
-    Case((2, 2, 2, 40, 70, 8, 8), bias="bhqk", mask="bhqk", layouts=(PLAIN,) * 4 + ("expand_s", "expand_d")),
-    Case((2, 2, 2, 40, 70, 8, 8), bias="bhqk", mask="bhqk", layouts=(PLAIN,) * 4 + ("overlap", "scalar")),
-    # Long enough for several groups of keys in backward.
-    Case((2, 2, 1, 33, 1100, 8, 8), k_lengths=(1100, 600)),
-    causal((1, 1, 1, 130, 1300, 8, 12), bias="k"),
-    Case((1, 3, 1, 600, 700, 5, 8), mask="hk", left=300, right=200),
-    # Layouts.
-    *(Case((2, 4, 2, 35, 70, 24, 24), layouts=(layout,), right=0, q_start=35) for layout in LAYOUTS[1:] + EXPANDED),
-    Case((2, 2, 2, 35, 70, 17, 9), layouts=(BSHD, "bhds", "strided", "scalar")),
-    Case((2, 2, 2, 35, 70, 17, 9), layouts=("strided", "expand_b", "packed", BSHD)),
-)
-
-# Nothing to attend to, nothing to ask, or nothing at all.
-EMPTY = (
-    Case((0, 2, 2, 5, 7, 4, 4)),
-    Case((2, 0, 0, 5, 7, 4, 4)),
-    Case((2, 0, 2, 5, 7, 4, 4)),
-    Case((2, 2, 1, 0, 7, 4, 4)),
-    Case((2, 2, 1, 5, 0, 4, 4)),
-    Case((2, 2, 1, 0, 0, 4, 4)),
-    Case((2, 2, 1, 5, 7, 0, 4)),
-    Case((2, 2, 1, 5, 7, 4, 0)),
-    Case((2, 2, 1, 5, 7, 0, 0), right=0),
-    Case((2, 2, 1, 70, 150, 0, 3), scale=0.5, bias="qk"),
-    Case((0, 2, 2, 5, 7, 4, 4), bias="bhqk", mask="bhqk", q_lengths=(), k_lengths=(), q_starts=(), right=0),
-    Case((0, 2, 2, 5, 7, 4, 4), bias="hqk"),
-    Case((2, 2, 1, 5, 0, 4, 4), bias="bhqk", mask="bhqk"),
-    Case((2, 2, 1, 5, 0, 4, 4), bias="hq", mask="bq"),
-    Case((2, 2, 1, 0, 7, 4, 4), bias="bhqk", mask="bhqk"),
-    Case((2, 2, 1, 0, 7, 4, 4), bias="k", mask="b"),
-    Case((2, 2, 1, 5, 7, 4, 4), k_lengths=(0, 0)),
-    Case((2, 2, 1, 5, 7, 4, 4), q_lengths=(0, 0)),
-    Case((2, 2, 1, 70, 150, 4, 4), right=0, q_start=-1000),
-    Case((2, 2, 1, 70, 150, 4, 4), bias="bhqk", holes=1.0),
-    Case((2, 2, 1, 70, 70, 4, 4), left=-1, right=0),
-    *(Case((2, 2, 1, 5, 0, 4, 4), layouts=(layout,)) for layout in ("bshd", "strided", "scalar")),
-    *(Case((2, 2, 1, 5, 7, 0, 4), layouts=(layout,)) for layout in ("bhds", "expand_d", "scalar")),
-    *(Case((2, 2, 1, 5, 7, 4, 0), layouts=(layout,)) for layout in ("bhds", "expand_d", "scalar")),
-)
-
-
-# Bands of (left, right), for sweeps over the position of the first query.
-WINDOWS = [(None, 0), (0, 0), (0, None), (None, 2), (2, None), (3, 1), (0, 4), (-1, 3), (4, -2), (9, 9)]

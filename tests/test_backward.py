@@ -10,31 +10,33 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import cases
+import table
 from backends import Backend
-from cases import WINDOWS, Case, build, causal, check
+from cases import Case, build, causal, check, packed
+from table import WINDOWS, together
 
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
 
 @DTYPES
-@pytest.mark.parametrize("case", [*cases.TABLE, *cases.EMPTY], ids=str)
+@pytest.mark.parametrize("case", [*table.TABLE, *table.EMPTY], ids=str)
 def test_table(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
     check(build(case, dtype, backend.device))
 
 
-@pytest.mark.parametrize("queries", cases.LENGTHS)
+@pytest.mark.parametrize("queries", table.LENGTHS)
 @pytest.mark.parametrize("options", [{}, {"right": 0}, {"left": 33, "right": 20}], ids=["full", "causal", "window"])
 def test_lengths(queries: int, options: dict, backend: Backend) -> None:
     """Every second pair of lengths around the ends of tiles; bottom-right where there is a band."""
-    first = cases.LENGTHS.index(queries) % 2
-    for keys in cases.LENGTHS[first::2]:
+    first = table.LENGTHS.index(queries) % 2
+    for keys in table.LENGTHS[first::2]:
         start = keys - queries if options else 0
         case = Case((1, 1, 1, queries, keys, 4, 4), q_start=start, bias="hqk" if keys % 3 else None, **options)
         check(build(case, torch.float32, backend.device))
 
 
 @DTYPES
-@pytest.mark.parametrize("width", cases.WIDTHS)
+@pytest.mark.parametrize("width", table.WIDTHS)
 def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
     for v_width in {width, 7, 64}:
         check(build(causal((1, 2, 1, 17, 70, width, v_width)), dtype, backend.device))
@@ -68,7 +70,7 @@ def test_every_offset_across_tiles(window: tuple[int | None, int | None], backen
     check(build(Case(sizes, left=left, right=right, q_starts=starts), torch.float32, backend.device))
 
 
-@pytest.mark.parametrize("shape", cases.BROADCASTS, ids=lambda shape: shape or "one")
+@pytest.mark.parametrize("shape", table.BROADCASTS, ids=lambda shape: shape or "one")
 def test_bias_gradient_of_every_broadcast_shape(shape: str, backend: Backend) -> None:
     """Summed over its broadcast dimensions across tiles, heads and sequences, in the bias's own dtype."""
     for dtype in cases.FULL_DTYPES:
@@ -113,33 +115,59 @@ def test_saved_results_in_any_layout(backend: Backend) -> None:
 
 
 def test_without_a_gradient_of_lse(backend: Backend) -> None:
-    """dlse=None is a gradient of zero; bias_grad=False gives no gradient of the bias."""
-    problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk"), torch.float32, backend.device)
-    out, lse = problem.forward()
-    tensors = (problem.q, problem.k, problem.v, out, lse)
-    backward = torch.ops.heedful.attention_backward
-    *some, none = backward(problem.dout, None, *tensors, **problem.options)
-    *same, dbias = backward(problem.dout, torch.zeros_like(lse), *tensors, **problem.options, bias_grad=True)
-    assert none is None and dbias is not None
-    assert all(torch.equal(a, b) for a, b in zip(some, same, strict=True))
+    """dlse=None is a gradient of zero."""
+    problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", sinks="h"), torch.float32, backend.device)
+    tensors = (problem.q, problem.k, problem.v, *problem.forward())
+    backward, wanted = torch.ops.heedful.attention_backward, {"bias_grad": True, "sinks_grad": True}
+    some = backward(problem.dout, None, *tensors, **problem.options, **wanted)
+    same = backward(problem.dout, torch.zeros_like(tensors[-1]), *tensors, **problem.options, **wanted)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(some, same, strict=True))
     problem.dlse = torch.zeros_like(problem.dlse)
     check(problem)
 
 
-def gradcheck_case(case: Case, device: str, wanted: str = "qkvb", **how: Any) -> None:
-    """gradcheck in float64 of out and of lse where it is finite, for the inputs named by `wanted`."""
-    problem = build(case, torch.float64, device)
-    bias = problem.options.pop("bias", None)
-    inputs = {"q": problem.q, "k": problem.k, "v": problem.v, "b": bias}
-    leaves = {name: x.clone().requires_grad_(name in wanted) for name, x in inputs.items() if x is not None}
+@pytest.mark.parametrize("wanted", [(), *((name,) for name in cases.PARAMETERS), ("sinks", "table")], ids="+".join)
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 19, 23, 8, 8), (1, 2, 2, 70, 150, 8, 8)], ids=str)
+def test_parameters_that_want_a_gradient(sizes: tuple, wanted: tuple[str, ...], backend: Backend) -> None:
+    """Those alone get one, and it is right whoever else gets one."""
+    problem = build(Case(sizes, **table.TOGETHER), torch.float32, backend.device)
+    tensors = (problem.q, problem.k, problem.v, *problem.forward())
+    flags = {f"{name}_grad": True for name in wanted}
+    gradients = torch.ops.heedful.attention_backward(problem.dout, problem.dlse, *tensors, **problem.options, **flags)
+    results = dict(zip(cases.NAMES[2:], gradients, strict=True))
+    assert [name for name in cases.PARAMETERS if results[f"d{name}"] is not None] == [
+        name for name in cases.PARAMETERS if name in wanted
+    ]
+    check(problem, {name: x for name, x in results.items() if x is not None})
 
-    def call(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.heedful.attention_forward(q, k, v, bias=b, **problem.options)
+
+@pytest.mark.parametrize("name", cases.PARAMETERS[1:])
+@pytest.mark.parametrize("shape", ["h", "bh"])
+def test_gradient_of_every_parameter_shape(shape: str, name: str, backend: Backend) -> None:
+    """Summed over queries, keys and what it broadcasts over, across tiles, in the parameter's own dtype."""
+    for dtype in cases.FULL_DTYPES:
+        for wide in (False, True):
+            case = Case((3, 4, 2, 70, 150, 8, 8), **{name: shape}, wide=wide, k_lengths=(150, 65, 0), right=9)
+            check(build(case, dtype, backend.device))
+
+
+def gradcheck_case(case: Case, device: str, wanted: tuple[str, ...] | None = None, **how: Any) -> None:
+    """gradcheck in float64 of out and of lse where it is finite, for the inputs in `wanted`, by default for all."""
+    problem = build(case, torch.float64, device)
+    inputs = {"q": problem.q, "k": problem.k, "v": problem.v} | problem.parameters
+    leaves = [x.clone().requires_grad_(wanted is None or name in wanted) for name, x in inputs.items()]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = problem.options | dict(zip(inputs, tensors, strict=True))
+        out, lse = torch.ops.heedful.attention_forward(**arguments)
+        if case.normalizer == "hard":
+            return (out,)  # lse, the largest score, has no gradient here
         return out, lse.where(lse != -torch.inf, 0)  # finite differences of -inf are NaN
 
-    assert gradcheck(call, tuple(leaves.values()), **how)
+    assert gradcheck(call, tuple(leaves), **how)
 
 
+TINY = (2, 2, 1, 4, 6, 3, 2)
 GRADCHECKED = (
     Case((2, 2, 2, 3, 5, 3, 3)),
     Case((1, 4, 2, 3, 5, 3, 2)),
@@ -154,12 +182,27 @@ GRADCHECKED = (
     Case((3, 2, 1, 4, 6, 3, 2), q_lengths=(4, 0, 3), k_lengths=(1, 5, 6), right=0, q_starts=(2, 1, 0)),
     Case((2, 2, 1, 4, 6, 3, 2), mask="bhqk"),
     Case((2, 2, 1, 4, 6, 3, 2), mask="k", scale=0.7),
-    *(Case((2, 2, 1, 4, 6, 2, 3), bias=shape, seed=n) for n, shape in enumerate(cases.BROADCASTS)),
+    *(Case((2, 2, 1, 4, 6, 2, 3), bias=shape, seed=n) for n, shape in enumerate(table.BROADCASTS)),
     Case((2, 2, 2, 4, 6, 3, 2), bias="hqk", mask="bk", right=0, q_start=2),
     Case((2, 2, 2, 4, 6, 3, 2), bias="bqk", holes=0.4),
     Case((1, 2, 1, 3, 4, 0, 2), bias="qk"),
     Case((1, 2, 1, 3, 4, 2, 0)),
     Case((2, 2, 1, 3, 4, 3, 2), layouts=("bshd", "bhds", "strided")),
+    *(Case(TINY, **options, seed=n) for n, options in enumerate(table.FEATURES.values())),
+    *(Case(TINY, **options, bias="qk", q_starts=(2, -1), right=1) for options in table.FEATURES.values()),
+    *(packed((2, 1), (3, 2), (4, 6), (0, 2), (3, 1), **options, outside=1) for options in table.FEATURES.values()),
+    *(Case(TINY, **together(one, other), left=3) for one, other in table.PAIRS),
+    *(Case(TINY, **{name: "bh"}, seed=n) for n, name in enumerate(cases.PARAMETERS[1:])),
+    Case(TINY, scales="h", similarity="cosine"),
+    Case(TINY, scales="bh", similarity="gaussian"),
+    Case(TINY, scale=-0.5, similarity="gaussian"),
+    Case(TINY, softcap=0.5),
+    Case(TINY, sinks="bh", right=0, q_start=-2, q_lengths=(4, 2)),
+    Case((2, 2, 1, 4, 0, 3, 2), sinks="h"),
+    Case(TINY, table="h", reach=2, slopes="h", q_start=3),
+    Case(TINY, dropout_p=0.7, seeds=True),
+    *(Case(TINY, **table.TOGETHER, similarity=kind, right=4) for kind in ("dot", "cosine", "gaussian")),
+    packed((4, 2), (3, 2), (4, 6), (0, 2), (3, 1), **table.TOGETHER, seeds=True),
 )
 
 
@@ -168,10 +211,14 @@ def test_gradcheck(case: Case, backend: Backend) -> None:
     gradcheck_case(case, backend.device)
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "b", "qk", "vb"])
-def test_gradcheck_of_some_inputs(wanted: str, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    "wanted",
+    [*((name,) for name in ("q", "k", "v", *cases.PARAMETERS)), ("q", "k"), ("v", "bias"), ("k", "sinks", "table")],
+    ids="+".join,
+)
+def test_gradcheck_of_some_inputs(wanted: tuple[str, ...], backend: Backend) -> None:
     """The inputs that need no gradient change nothing for those that do."""
-    gradcheck_case(Case((2, 4, 2, 3, 5, 3, 2), bias="hqk", right=1), backend.device, wanted)
+    gradcheck_case(Case((2, 4, 2, 3, 5, 3, 2), **table.TOGETHER, right=1), backend.device, wanted)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +227,8 @@ def test_gradcheck_of_some_inputs(wanted: str, backend: Backend) -> None:
         Case((1, 2, 1, 70, 130, 17, 9), bias="qk"),
         causal((1, 2, 2, 129, 129, 33, 40)),
         Case((2, 2, 1, 66, 150, 8, 8), left=40, right=3, q_starts=(0, 84), k_lengths=(150, 101), bias="bk"),
+        *(Case((2, 2, 1, 66, 150, 8, 8), **table.TOGETHER, similarity=kind) for kind in ("dot", "cosine", "gaussian")),
+        packed((2, 1), (8, 8), (66, 150), (9, 65), **table.TOGETHER, right=20),
     ],
     ids=str,
 )

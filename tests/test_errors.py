@@ -22,8 +22,8 @@ def good() -> dict[str, Any]:
     return {"q": torch.randn(2, 4, 5, 8), "k": torch.randn(2, 2, 7, 8), "v": torch.randn(2, 2, 7, 6)}
 
 
-def good_backward() -> dict[str, Any]:
-    arguments = good()
+def good_backward(arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+    arguments = good() | (arguments or {})
     out, lse = FORWARD(**arguments)
     return {"dout": torch.randn_like(out), "dlse": torch.randn_like(lse), **arguments, "out": out, "lse": lse}
 
@@ -36,6 +36,20 @@ def expect(message: str, function: Callable[..., Any], arguments: dict[str, Any]
     assert re.fullmatch(message, first), first
 
 
+ENDS = torch.tensor([0, 2, 5])
+ONE = {name: x[:1] for name, x in good().items()}
+# What is right, for some of it to be changed.
+PACKED = ONE | {"q_offsets": ENDS, "k_offsets": torch.tensor([0, 4, 7])}
+TABLE = {"table": torch.ones(3, 4), "buckets": torch.tensor([2, 0, 1, 0, 2])}
+BLOCKS = {"tiles": torch.full((1, 1, 1, 1), 2, dtype=torch.int32), "bits": torch.full((1, 64), -1)}
+SEED = {"seed": torch.tensor([7]), "dropout_p": 0.5}
+EVERYTHING = {
+    **TABLE, **BLOCKS, **SEED,
+    "mask": torch.ones(1, 1, 5, 7, dtype=torch.bool), "bias": torch.zeros(1, 1, 5, 7),
+    "scales": torch.ones(4), "sinks": torch.ones(2, 4), "slopes": torch.ones(4),
+    "q_lengths": torch.tensor([5, 3]), "k_lengths": torch.tensor([7, 3]), "q_starts": torch.tensor([2, 0]),
+    "softcap": 3.0, "similarity": "cosine",
+}  # fmt: skip
 # The argument that is wrong, how it is changed, and the message's end after "heedful.attention: ".
 WRONG_FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     "q rank": ({"q": torch.randn(4, 5, 8)}, r"q: expected 4 dimensions \[B, Hq, Sq, D\], got \[4, 5, 8\]"),
@@ -86,6 +100,82 @@ WRONG_FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     "q_starts dtype": ({"q_starts": torch.ones(2, dtype=torch.bool)}, r"q_starts: expected int64, got bool"),
     "scale nan": ({"scale": float("nan")}, r"scale: expected a finite number, got -?nan"),
     "scale inf": ({"scale": float("inf")}, r"scale: expected a finite number, got inf"),
+    "scale twice": ({"scale": 1.0, "scales": torch.ones(4)}, r"scale: expected None where scales is given, got 1\.0+"),
+    **{
+        f"{name} {what}": ({name: x}, rf"{name}: expected .*\[4\].*\[2, 4\].*, got {got}")
+        for name in ("scales", "sinks", "slopes")
+        for what, x, got in (
+            ("heads", torch.ones(3), r"\[3\]"),
+            ("of key heads", torch.ones(2), r"\[2\]"),
+            ("scalar", torch.ones(()), r"\[\]"),
+            ("batch", torch.ones(3, 4), r"\[3, 4\]"),
+            ("batch of one", torch.ones(1, 4), r"\[1, 4\]"),
+            ("rank", torch.ones(2, 4, 1), r"\[2, 4, 1\]"),
+        )
+    },
+    **{
+        f"{name} {short}": ({name: torch.ones(4).to(dtype)}, rf"{name}: expected float32, as q.*, got {short}")
+        for name in ("scales", "sinks", "slopes")
+        for short, dtype in (("float64", torch.float64), ("float16", torch.float16), ("int64", torch.int64))
+    },
+    "table rank": (TABLE | {"table": torch.ones(4)}, r"table: expected 2 dimensions .* or 3 .*, got \[4\]"),
+    "table heads": (TABLE | {"table": torch.ones(3, 2)}, r"table: expected .*\[3, 4\].*, got \[3, 2\]"),
+    "table batch": (TABLE | {"table": torch.ones(1, 3, 4)}, r"table: expected .*\[2, 3, 4\], got \[1, 3, 4\]"),
+    "table dtype": (TABLE | {"table": torch.ones(3, 4).double()}, r"table: expected float32, as q.*, got float64"),
+    "table alone": ({"table": torch.ones(3, 4)}, r"buckets: expected .*beside table, got None"),
+    "buckets alone": ({"buckets": torch.zeros(5).long()}, r"table: expected .*beside buckets, got None"),
+    "buckets rank": (TABLE | {"buckets": torch.zeros(1, 5).long()}, r"buckets: expected .*, got \[1, 5\]"),
+    "buckets even": (TABLE | {"buckets": torch.zeros(4).long()}, r"buckets: expected .*, got \[4\]"),
+    "buckets empty": (TABLE | {"buckets": torch.zeros(0).long()}, r"buckets: expected .*, got \[0\]"),
+    "buckets dtype": (TABLE | {"buckets": torch.zeros(5).int()}, r"buckets: expected int64, got int32"),
+    "buckets below": (TABLE | {"buckets": torch.tensor([0, 1, -1])}, r"buckets: expected values from 0 to .*3, got -1"),
+    "buckets above": (TABLE | {"buckets": torch.tensor([0, 3, 1])}, r"buckets: expected values from 0 to .*3, got 3"),
+    "tiles rank": ({"tiles": torch.ones(1, 1).int()}, r"tiles: expected .*\[2, 4, 1, 1\], got \[1, 1\]"),
+    "tiles shape": ({"tiles": torch.ones(2, 2, 1, 1).int()}, r"tiles: expected .*\[2, 4, 1, 1\], got \[2, 2, 1, 1\]"),
+    "tiles many": ({"tiles": torch.ones(1, 1, 1, 2).int()}, r"tiles: expected .*, got \[1, 1, 1, 2\]"),
+    "tiles dtype": ({"tiles": torch.ones(1, 1, 1, 1).long()}, r"tiles: expected int32, got int64"),
+    "tiles below": ({"tiles": torch.full((1, 1, 1, 1), -1).int()}, r"tiles: expected values from 0 to .*, got -1"),
+    "tiles above": ({"tiles": torch.full((1, 1, 1, 1), 2).int()}, r"tiles: expected values from 0 to .*, got 2"),
+    "tiles past bits": (
+        {"tiles": torch.full((1, 1, 1, 1), 4).int(), "bits": torch.zeros(2, 64).long()},
+        r"tiles: expected values from 0 to .*4, got 4",
+    ),
+    "bits alone": ({"bits": torch.zeros(1, 64).long()}, r"tiles: expected .*beside bits, got None"),
+    "bits shape": (BLOCKS | {"bits": torch.zeros(1, 63).long()}, r"bits: expected \[.*, 64\], got \[1, 63\]"),
+    "bits rank": (BLOCKS | {"bits": torch.zeros(64).long()}, r"bits: expected \[.*, 64\], got \[64\]"),
+    "bits dtype": (BLOCKS | {"bits": torch.zeros(1, 64).int()}, r"bits: expected int64, got int32"),
+    "softcap zero": ({"softcap": 0.0}, r"softcap: expected .*above 0, got 0\.0*"),
+    "softcap negative": ({"softcap": -2.0}, r"softcap: expected .*above 0, got -2\.0*"),
+    "softcap nan": ({"softcap": float("nan")}, r"softcap: expected .*above 0, got -?nan"),
+    "softcap inf": ({"softcap": float("inf")}, r"softcap: expected .*above 0, got inf"),
+    "similarity": ({"similarity": "euclid"}, r'similarity: expected "dot", "cosine" or "gaussian", got "euclid"'),
+    "normalizer": ({"normalizer": "hard-st"}, r'normalizer: expected "softmax" or "hard", got "hard-st"'),
+    "dropout_p negative": (SEED | {"dropout_p": -0.1}, r"dropout_p: expected a probability.*, got -0\.1\d*"),
+    "dropout_p large": (SEED | {"dropout_p": 1.5}, r"dropout_p: expected a probability.*, got 1\.5\d*"),
+    "dropout_p nan": (SEED | {"dropout_p": float("nan")}, r"dropout_p: expected a probability.*, got -?nan"),
+    "seed missing": ({"dropout_p": 0.5}, r"seed: expected a tensor where dropout_p is above 0, got None"),
+    "seed shape": (SEED | {"seed": torch.ones(3).long()}, r"seed: expected .*\[B\], got \[3\]"),
+    "seed rank": (SEED | {"seed": torch.ones(2, 1).long()}, r"seed: expected .*\[B\], got \[2, 1\]"),
+    "seed dtype": (SEED | {"seed": torch.ones(1)}, r"seed: expected int64, got float32"),
+    "offsets of queries alone": (PACKED | {"k_offsets": None}, r"k_offsets: expected .*, got None"),
+    "offsets of keys alone": (PACKED | {"q_offsets": None}, r"q_offsets: expected .*, got None"),
+    "offsets batch": ({"q_offsets": ENDS, "k_offsets": ENDS}, r"q: expected a batch of 1 .*, got 2"),
+    "q_offsets rank": (PACKED | {"q_offsets": ENDS[None]}, r"q_offsets: expected .*, got \[1, 3\]"),
+    "q_offsets empty": (PACKED | {"q_offsets": ENDS[:0]}, r"q_offsets: expected .*, got \[0\]"),
+    "q_offsets dtype": (PACKED | {"q_offsets": ENDS.int()}, r"q_offsets: expected int64, got int32"),
+    "q_offsets decreasing": (PACKED | {"q_offsets": torch.tensor([0, 4, 3])}, r"q_offsets: expected .*, got 3"),
+    "q_offsets negative": (PACKED | {"q_offsets": torch.tensor([-1, 2, 3])}, r"q_offsets: expected .*, got -1"),
+    "q_offsets past the end": (PACKED | {"q_offsets": torch.tensor([0, 2, 6])}, r"q_offsets: expected .*5, got 6"),
+    "k_offsets past the end": (PACKED | {"k_offsets": torch.tensor([0, 2, 8])}, r"k_offsets: expected .*7, got 8"),
+    "k_offsets number": (PACKED | {"k_offsets": torch.tensor([0, 2])}, r"k_offsets: expected .*2, got 1"),
+    "offsets and q_lengths": (
+        PACKED | {"q_lengths": torch.ones(1).long()},
+        r"q_lengths: expected \[B\] = \[2\], got \[1\]",
+    ),
+    "offsets and mask": (
+        PACKED | {"mask": torch.ones(1, 1, 5, 7).bool()},
+        r"mask: expected .*\[2, 4, 3, 4\].*, got \[1, 1, 5, 7\]",
+    ),
 }
 WRONG_BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
     "dout shape": ({"dout": torch.randn(2, 4, 5, 8)}, r"dout: expected .*\[2, 4, 5, 6\], got \[2, 4, 5, 8\]"),
@@ -96,7 +186,10 @@ WRONG_BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
     "out dtype": ({"out": torch.randn(2, 4, 5, 6).half()}, r"out: expected float32, as q, got float16"),
     "lse shape": ({"lse": torch.randn(2, 2, 5)}, r"lse: expected .*\[2, 4, 5\], got \[2, 2, 5\]"),
     "lse dtype": ({"lse": torch.randn(2, 4, 5).double()}, r"lse: expected float32.*, got float64"),
-    "bias_grad": ({"bias_grad": True}, r"bias_grad: expected False where there is no bias, got True"),
+    **{
+        f"{name}_grad": ({f"{name}_grad": True}, rf"{name}_grad: expected False where there is .*, got True")
+        for name in cases.PARAMETERS
+    },
 }
 
 
@@ -118,14 +211,19 @@ def test_backward_op(name: str) -> None:
     expect(f"heedful.attention: {message}", BACKWARD, good_backward() | change)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "q_lengths", "k_lengths", "q_starts"])
+ON_DEVICES = good() | EVERYTHING
+
+
+@pytest.mark.parametrize("name", [name for name, x in ON_DEVICES.items() if isinstance(x, Tensor)])
 def test_forward_on_two_devices(name: str) -> None:
     """One tensor on another device (here: meta) is an error that names a tensor and both devices."""
-    arguments = good() | {
-        "mask": torch.ones(1, 1, 5, 7, dtype=torch.bool), "bias": torch.zeros(1, 1, 5, 7),
-        "q_lengths": torch.tensor([5, 3]), "k_lengths": torch.tensor([7, 3]), "q_starts": torch.tensor([2, 0]),
-    }  # fmt: skip
-    arguments[name] = arguments[name].to("meta")
+    arguments = ON_DEVICES | {name: ON_DEVICES[name].to("meta")}
+    expect(r"heedful.attention: \w+: expected .*(cpu|meta).*, got .*(cpu|meta).*", FORWARD, arguments)
+
+
+@pytest.mark.parametrize("name", ["q_offsets", "k_offsets"])
+def test_packed_on_two_devices(name: str) -> None:
+    arguments = PACKED | {name: PACKED[name].to("meta")}
     expect(r"heedful.attention: \w+: expected .*(cpu|meta).*, got .*(cpu|meta).*", FORWARD, arguments)
 
 
@@ -137,7 +235,7 @@ def test_backward_on_two_devices(name: str) -> None:
 
 
 def test_unknown_and_missing_arguments() -> None:
-    for unknown in ({"dropout": 0.1}, {"softcap": 1.0}, {"is_causal": True}):
+    for unknown in ({"dropout": 0.1}, {"soft_cap": 1.0}, {"is_causal": True}):
         for function in (FORWARD, heedful.attention, heedful.reference.attention):
             with pytest.raises((RuntimeError, TypeError), match=next(iter(unknown))):
                 function(**good(), **unknown)
@@ -181,6 +279,18 @@ WRONG_IN_PYTHON: dict[str, tuple[dict[str, Any], str, type]] = {
         RuntimeError,
     ),
     "scale": ({"scale": float("nan")}, r"scale: expected a finite number, got -?nan", RuntimeError),
+    "scale tensor": ({"scale": torch.ones(3)}, r"scale: expected .*\[Hq\].*, got .*\[3\]", RuntimeError),
+    "softcap": ({"softcap": -1.0}, r"softcap: expected .*above 0.*, got -1\.0", ValueError),
+    "softcap kind": ({"softcap": "2"}, r"softcap: expected .*above 0.*, got '2'", TypeError),
+    "sinks": ({"sinks": torch.ones(3)}, r"sinks: expected .*\[Hq\].*, got .*\[3\]", RuntimeError),
+    "dropout_p": ({"dropout_p": 2.0}, r"dropout_p: expected a number from 0 to 1, got 2\.0", ValueError),
+    "seed": ({"dropout_p": 0.5, "seed": 1.5}, r"seed: expected .*int.*, got 1\.5", TypeError),
+    "similarity": ({"similarity": "cosin"}, r"similarity: expected 'dot', 'cosine' or .*, got 'cosin'", ValueError),
+    "normalizer": (
+        {"normalizer": "argmax"},
+        r"normalizer: expected 'softmax' or 'hard' or 'hard-st', got 'argmax'",
+        ValueError,
+    ),
 }
 
 
@@ -215,8 +325,8 @@ def test_scaled_dot_product_attention_refuses_what_torch_refuses() -> None:
         heedful.scaled_dot_product_attention(q, q, q, torch.ones(5, 5, dtype=torch.bool), is_causal=True)
     with pytest.raises(RuntimeError, match="v: expected .*got "):
         heedful.scaled_dot_product_attention(q, torch.randn(2, 4, 6, 8), q)
-    with pytest.raises(NotImplementedError, match="dropout_p: expected 0, got 0.1"):
-        heedful.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+    with pytest.raises((RuntimeError, ValueError), match="dropout_p: expected .*, got 1.1"):
+        heedful.scaled_dot_product_attention(q, q, q, dropout_p=1.1)
 
 
 def endless() -> dict[str, Tensor]:
@@ -234,6 +344,11 @@ def endless() -> dict[str, Tensor]:
         {"q_starts": torch.ones(4).int()},
         {"scale": float("nan")},
         {"mask": torch.ones(1, 1, 1, 1).bool(), "bias": torch.zeros(4, 1, 5, 1)},
+        {"scales": torch.ones(1), "sinks": torch.ones(2)},
+        {"tiles": torch.ones(1, 1, 2, 2).int()},
+        {"seed": torch.ones(1).long(), "dropout_p": 1.01},
+        {"softcap": -1.0},
+        {"normalizer": "soft"},
     ],
     ids=lambda change: "+".join(change),
 )
@@ -256,7 +371,8 @@ def test_backward_errors_come_before_any_work() -> None:
 
 def test_good_arguments_are_good() -> None:
     """What the tests above change is right before the change."""
-    assert all(x is None or x.isfinite().all() for x in BACKWARD(**good_backward()))
+    for arguments in ({}, EVERYTHING, PACKED, PACKED | TABLE | SEED):
+        assert all(x is None or x.isfinite().all() for x in BACKWARD(**good_backward(arguments)))
     for dtype in cases.FULL_DTYPES:
         out, lse = FORWARD(**{name: x.to(dtype) for name, x in good().items()})
         assert out.dtype is dtype and lse.dtype is torch.promote_types(dtype, torch.float32)

@@ -6,13 +6,15 @@
 //                                                                             dQ[i][d]   += sum_key dS[i][key] scale
 //                                                                             K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in the scores' units;  2. everything above, one task for each
-// (key/value head, group of key blocks);  3. the groups' dQ added up in order.
+// (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of parameters.
 //
 // Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
 // from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
 // over those itself, in order: nobody else adds to its part of the bias gradient.
 #pragma once
 
+#include "embedding.h"
+#include "hard.h"
 #include "kernels.h"
 #include "microkernel.h"
 #include "scores.h"
@@ -50,11 +52,10 @@ struct Backward {
   static constexpr int64_t kQueries = 64, kKeys = 128;
   static constexpr int64_t kRowsPerTask = 256;  // of phases 1 and 3
 
-  static int64_t padded(int64_t x) { return (x + n - 1) / n * n; }
-
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
-  static int64_t blocks(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
+  static int64_t key_block(const Problem& p) { return p.tiles.data ? kMaskTile : kKeys; }
+  static int64_t blocks(const Problem& p, int64_t keys) { return (keys + key_block(p) - 1) / key_block(p); }
   // Enough groups for 16 tasks a sequence, each of at least four blocks: eight groups cost 3 % (their dQ is added up).
   static int64_t most_groups(const Problem& p) {
     if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
@@ -62,48 +63,68 @@ struct Backward {
   }
   static int64_t blocks_per_group(const Problem& p, int64_t keys) {
     const int64_t most_of_them = most_groups(p);
-    return most<int64_t>(most_of_them == 1 ? blocks(keys) : 4, (blocks(keys) + most_of_them - 1) / most_of_them);
+    return most<int64_t>(most_of_them == 1 ? blocks(p, keys) : 4, (blocks(p, keys) + most_of_them - 1) / most_of_them);
   }
   static int64_t groups(const Problem& p, int64_t keys) {
     const int64_t per_group = most<int64_t>(blocks_per_group(p, keys), 1);
-    return most<int64_t>((blocks(keys) + per_group - 1) / per_group, 1);
+    return most<int64_t>((blocks(p, keys) + per_group - 1) / per_group, 1);
   }
   // Of any sequence of this problem.
-  static int64_t task_groups(const Problem& p) { return clamp((blocks(p.Sk) + 3) / 4, 1, most_groups(p)); }
+  static int64_t task_groups(const Problem& p) { return clamp((blocks(p, p.Sk) + 3) / 4, 1, most_groups(p)); }
 
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
 
   // Whether the first group adds dQ up in the output itself.
-  static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0; }
+  static bool dq_in_place(const Problem& p) {
+    return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D;
+  }
+  // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
+  // key, and their gradient needs dQ as it was before them.
+  static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
+
+  static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
   // What the tiles need of a query. lse, in the scores' own units, is rounded; the probabilities' `weight` makes up for
   // that.
   struct RowState {
     C lse, weight, delta;
   };
+  // What the rows of one task of phases 1 and 3 add to the parameters of their head.
+  struct RowSums {
+    double sink, scale;
+  };
   struct Workspace {
-    RowState* rows;  // [B, Hq, Sq]
-    C* dq;           // [groups, B, Hq, Sq, padded D], without the first where that is the output
+    RowState* rows;     // [B, Hq, Sq]
+    C* dq;              // [groups, B, Hq, Sq, padded embedded dim], without the first where that is the output
+    RowSums* row_sums;  // [B, Hq, tasks a head]
+    double* distances;  // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
   };
   static size_t carve(const Problem& p, char* base, Workspace* w) {
-    const int64_t rows = p.B * p.Hq * p.Sq;
     Carver carve{base};
-    w->rows = carve.take<RowState>(rows);
-    w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * rows * padded(p.D));
+    w->rows = carve.take<RowState>(query_count(p));
+    w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * query_count(p) * padded<C>(embedded_dim(p)));
+    w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
+    w->distances =
+        wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
     return carve.size;
   }
 
+  static int64_t row_tasks_per_head(const Problem& p) { return (p.Sq + kRowsPerTask - 1) / kRowsPerTask; }
+  static int64_t row_tasks(const Problem& p) { return p.B * p.Hq * row_tasks_per_head(p); }
+
   static void plan(const Problem& p, Plan* plan) {
+    if (p.normalizer == Normalizer::hard) return HardBackward<S>::plan(p, plan);
     Workspace w;
     Scratch s;
-    const int64_t rows = p.B * p.Hq * ((p.Sq + kRowsPerTask - 1) / kRowsPerTask);
-    plan->phases[0] = {rows, &prepare};
-    plan->phases[1] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
-                           (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) * task_groups(p),
-                       &run};
-    plan->phases[2] = {rows, &finish};
-    plan->phase_count = dq_in_place(p) && task_groups(p) == 1 ? 2 : 3;
+    int& count = plan->phase_count;
+    count = 0;
+    plan->phases[count++] = {row_tasks(p), &prepare};
+    plan->phases[count++] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
+                                 (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) * task_groups(p),
+                             &run};
+    if (!dq_in_place(p) || task_groups(p) > 1 || defers_scale(p)) plan->phases[count++] = {row_tasks(p), &finish};
+    if (p.sinks.gradient || p.scales.gradient || wants_distances(p)) plan->phases[count++] = {p.Hq, &add_parameters};
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
@@ -112,67 +133,78 @@ struct Backward {
   struct RowTask {
     int64_t b, h, i0, i1;
   };
-  static RowTask row_task(const Problem& p, int64_t task) {
-    const int64_t per_head = (p.Sq + kRowsPerTask - 1) / kRowsPerTask, head = task / per_head;
+  static RowTask row_task(const Problem& p, const Band& band, int64_t task) {
+    const int64_t per_head = row_tasks_per_head(p), head = task / per_head;
     const int64_t i0 = task % per_head * kRowsPerTask;
-    return {head / p.Hq, head % p.Hq, i0, least(p.Sq, i0 + kRowsPerTask)};
+    return {head / p.Hq, head % p.Hq, i0, least(band.q_rows, i0 + kRowsPerTask)};
+  }
+  static Band band_of_row_task(const Problem& p, int64_t task) {
+    return Band(p, task / row_tasks_per_head(p) / p.Hq);
   }
 
   // ---- phase 1 ------------------------------------------------------------------------------------------------------
 
   static void prepare(const Problem& p, int64_t task, void*) {
-    const RowTask t = row_task(p, task);
+    const Band band = band_of_row_task(p, task);
+    const RowTask t = row_task(p, band, task);
     Workspace w;
     carve(p, static_cast<char*>(p.workspace), &w);
-    const int64_t row = (t.b * p.Hq + t.h) * p.Sq;
+    const int64_t row = query_index(p, band, t.h);
     const C* lse = static_cast<const C*>(p.lse) + row;
+    const C sink = sink_of<C>(p, t.b, t.h, -kInfinity<C>);
     const double unit = score_unit(p);
+    double sink_sum = 0;
     for (int64_t i = t.i0; i < t.i1; ++i) {
-      const S* g =
-          static_cast<const S*>(p.dout.data) + t.b * p.dout.stride[0] + t.h * p.dout.stride[1] + i * p.dout.stride[2];
-      const S* o =
-          static_cast<const S*>(p.out.data) + t.b * p.out.stride[0] + t.h * p.out.stride[1] + i * p.out.stride[2];
+      const S *g = row_of<const S>(p.dout, band.batch, t.h, band.q_row + i),
+              *o = row_of<const S>(p.out, band.batch, t.h, band.q_row + i);
       const int64_t whole = p.dout.stride[3] == 1 && p.out.stride[3] == 1 ? p.Dv / n * n : 0;
       Vec<C> lanes = {};
       for (int64_t d = 0; d < whole; d += n) lanes += load_as(g + d, C()) * load_as(o + d, C());
       C delta = sum_lanes<C>(lanes);
       for (int64_t d = whole; d < p.Dv; ++d)
         delta += C(to_compute(g[d * p.dout.stride[3]])) * C(to_compute(o[d * p.out.stride[3]]));
-      if (p.dlse.data)
-        delta -=
-            static_cast<const C*>(p.dlse.data)[t.b * p.dlse.stride[0] + t.h * p.dlse.stride[1] + i * p.dlse.stride[2]];
+      if (p.dlse.data) delta -= row_of<const C>(p.dlse, band.batch, t.h, band.q_row + i)[0];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;
       const double exact = double(lse[i]) / unit, lost = (exact - double(C(exact))) * unit;
       // Past 2^13 the scores themselves are rounded more coarsely than this.
       const C weight = lost * lost < 0x1p-20 ? C(1 - lost) : C(1);
       w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{C(exact), weight, delta};
+      if (p.sinks.gradient && !dead) {
+        const C below = most<C>(lse[i] - sink, 0);
+        sink_sum += sink_gradient(exp2_or_zero<C>(broadcast<C>(-below * C(kLog2e)))[0], delta);
+      }
     }
+    if (w.row_sums) w.row_sums[task] = {sink_sum, 0};
   }
 
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
-    C *kt, *vt, *k;  // K^T and V^T, [D][kKeys] in panels; K scale, [kKeys][D]
-    C *dk, *dv;      // [kKeys][D]
-    C *q, *dout;     // [kQueries][D]
-    C *p, *ds;       // [kQueries][kKeys]
-    C *bias, *mask;  // [kQueries][panel]
+    C *kt, *vt, *k;        // K^T and V^T, [D][kKeys] in panels; K, scaled unless that is deferred, [kKeys][D]
+    C *dk, *dv;            // [kKeys][D]
+    C *q, *dout;           // [kQueries][D]
+    C *p, *ds;             // [kQueries][kKeys]
+    C *row;                // [D]
+    C *diagonals;          // [kQueries + panel]
+    ScoreParts<C> parts;   // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
-    const int64_t panel = kVectors * n, keys = least(kKeys, padded(p.Sk)), queries = least(kQueries, p.Sq);
+    const int64_t panel = kVectors * n, keys = least(kKeys, padded<C>(p.Sk)), queries = least(kQueries, p.Sq);
+    const int64_t dim = embedded_dim(p);
     Carver carve{base};
-    s->kt = carve.take<C>(p.D * keys);
+    s->kt = carve.take<C>(dim * keys);
     s->vt = carve.take<C>(p.Dv * keys);
-    s->k = carve.take<C>(keys * padded(p.D));
-    s->dk = carve.take<C>(keys * padded(p.D));
-    s->dv = carve.take<C>(keys * padded(p.Dv));
-    s->q = carve.take<C>(queries * padded(p.D));
-    s->dout = carve.take<C>(queries * padded(p.Dv));
+    s->k = carve.take<C>(keys * padded<C>(dim));
+    s->dk = carve.take<C>(keys * padded<C>(dim));
+    s->dv = carve.take<C>(keys * padded<C>(p.Dv));
+    s->q = carve.take<C>(queries * padded<C>(dim));
+    s->dout = carve.take<C>(queries * padded<C>(p.Dv));
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
-    s->bias = p.bias.data ? carve.take<C>(queries * panel) : nullptr;
-    s->mask = p.mask.data ? carve.take<C>(queries * panel) : nullptr;
+    s->row = carve.take<C>(padded<C>(p.D));
+    s->diagonals = wants_distances(p) ? carve.take<C>(queries + panel) : nullptr;
+    s->parts = ScoreParts<C>(p, carve, queries, panel, true);
     return carve.size;
   }
 
@@ -196,94 +228,113 @@ struct Backward {
   const int64_t b, hk, group;
 
   int64_t heads_per_group() const { return p.Hq / p.Hk; }
-  int64_t lanes_k() const { return least(kKeys, padded(p.Sk)); }
+  int64_t lanes_k() const { return least(kKeys, padded<C>(p.Sk)); }
 
+  const S* query_row(const View& view, int64_t head, int64_t i) const {
+    return row_of<const S>(view, band.batch, head, band.q_row + i);
+  }
   template <class T = const S>
-  T* at(const View& view, int64_t head, int64_t row) const {
-    return static_cast<T*>(view.data) + b * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+  T* key_row(const View& view, int64_t j) const {
+    return row_of<T>(view, band.batch, hk, band.k_row + j);
   }
 
   struct Rows {
     C* data;
     int64_t stride;
   };
-  static Rows dq_rows(const Problem& p, const Workspace& w, int64_t group, int64_t b, int64_t h) {
-    if (dq_in_place(p) && group == 0)
-      return {static_cast<C*>(p.dq.data) + b * p.dq.stride[0] + h * p.dq.stride[1], p.dq.stride[2]};
-    const int64_t part = group - dq_in_place(p);
-    return {w.dq + ((part * p.B + b) * p.Hq + h) * p.Sq * padded(p.D), padded(p.D)};
+  static Rows dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
+    if (dq_in_place(p) && group == 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2]};
+    const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p));
+    return {w.dq + (part * query_count(p) + query_index(p, band, h)) * stride, stride};
+  }
+  static double* distance_sums(const Problem& p, const Workspace& w, int64_t b, int64_t group, int64_t h) {
+    return w.distances + ((b * task_groups(p) + group) * p.Hq + h) * (1 + p.table_rows);
   }
 
   void run_group() const {
-    const int64_t per_group = blocks_per_group(p, band.keys);
+    const int64_t per_group = blocks_per_group(p, band.keys), block = key_block(p);
     const bool last_group = group == task_groups(p) - 1;
     const bool careful = !inputs_are_finite();
-    if (group < groups(p, band.keys))
-      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
-        const Rows dq = dq_rows(p, w, group, b, h);
-        for (int64_t i = 0; i < p.Sq; ++i)
-          for (int64_t d = 0; d < padded(p.D); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
+    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
+      if (group < groups(p, band.keys)) {
+        const Rows dq = dq_rows(p, w, band, group, h);
+        for (int64_t i = 0; i < band.q_rows; ++i)
+          for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
       }
+      if (w.distances)
+        for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
+    }
     // Keys past the sequence's end belong to the last group: their gradients are zero.
-    const int64_t first = group * per_group * kKeys;
-    const int64_t end = last_group ? p.Sk : least(p.Sk, (group + 1) * per_group * kKeys);
-    for (int64_t j0 = first; j0 < end; j0 += kKeys) run_key_block(j0, least(j0 + kKeys, end), careful);
+    const int64_t first = group * per_group * block;
+    const int64_t end = last_group ? band.k_rows : least(band.k_rows, (group + 1) * per_group * block);
+    for (int64_t j0 = first; j0 < end; j0 += block) run_key_block(j0, least(j0 + block, end), careful);
   }
 
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
   bool inputs_are_finite() const {
-    bool finite = all_finite<C>(at(p.k, hk, 0), p.k.stride[2], p.k.stride[3], band.keys, p.D) &&
-                  all_finite<C>(at(p.v, hk, 0), p.v.stride[2], p.v.stride[3], band.keys, p.Dv);
+    bool finite = all_finite<C>(key_row(p.k, 0), p.k.stride[2], p.k.stride[3], band.keys, p.D) &&
+                  all_finite<C>(key_row(p.v, 0), p.v.stride[2], p.v.stride[3], band.keys, p.Dv);
     for (int64_t h = hk * heads_per_group(); finite && h < (hk + 1) * heads_per_group(); ++h)
-      finite = all_finite<C>(at(p.q, h, 0), p.q.stride[2], p.q.stride[3], p.Sq, p.D) &&
-               all_finite<C>(at(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], p.Sq, p.Dv);
+      finite = all_finite<C>(query_row(p.q, h, 0), p.q.stride[2], p.q.stride[3], band.q_rows, p.D) &&
+               all_finite<C>(query_row(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], band.q_rows, p.Dv);
     return finite;
-  }
-
-  template <class F>
-  HEEDFUL_FN static void for_each_panel(int64_t lanes, F f) {
-    int64_t l = 0;
-    for (; l + kVectors * n <= lanes; l += kVectors * n) f(l, Constant<kVectors>{});
-    for (; l < lanes; l += n) f(l, Constant<1>{});
   }
 
   void run_key_block(int64_t j0, int64_t block_end, bool careful) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
-    const int64_t dk_stride = padded(p.D), dv_stride = padded(p.Dv);
+    const int64_t dk_stride = padded<C>(embedded_dim(p)), dv_stride = padded<C>(p.Dv);
     for (int64_t x = 0; x < (block_end - j0) * dk_stride; ++x) s.dk[x] = 0;
     for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
     const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
-    if (first < end) {
-      pack_keys(j0, keys);
-      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
-        for (int64_t i0 = first; i0 < end; i0 += kQueries)
-          run_tile(Tile{b, h, i0, least(i0 + kQueries, end), j0, j1}, careful);
-    }
-    store_rows<C>(at<S>(p.dk, hk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D, C(p.scale));
-    store_rows<C>(at<S>(p.dv, hk, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
+    bool packed = false;
+    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
+      for (int64_t i0 = first, next; i0 < end; i0 = next) {
+        next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
+        const int32_t mask_tile = HEEDFUL_TARGET::mask_tile(p, b, h, i0, j0);
+        if (mask_tile == kEmptyTile) continue;
+        if (!packed) pack_keys(j0, keys);
+        packed = true;
+        run_tile(Tile{b, h, i0, least(next, end), j0, j1, mask_bits(p, mask_tile)}, careful);
+      }
+    if (p.similarity != Similarity::dot)
+      for (int64_t j = 0; j < keys; ++j) {
+        load_tile<C>(s.row, padded<C>(p.D), Source<S>{key_row(p.k, j0 + j), 0, p.k.stride[3]}, 1, p.D, padded<C>(p.D),
+                     C(1));
+        pull_back(p, Role::key, s.dk + j * dk_stride, s.row);
+      }
+    store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D,
+                  scales_first(p) ? C(1) : C(p.scale));
+    store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
   }
 
   void pack_keys(int64_t j0, int64_t keys) const {
-    const S *k = at(p.k, hk, j0), *v = at(p.v, hk, j0);
-    for_each_panel(padded(keys), [&](int64_t l, auto vectors) {
+    const S *k = key_row(p.k, j0), *v = key_row(p.v, j0);
+    const int64_t dim = embedded_dim(p);
+    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, present = least(keys - l, width);
-      load_tile<C>(s.kt + l * p.D, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present,
+      load_tile<C>(s.kt + l * dim, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present,
                    width, C(1));
+      embed_lanes(p, Role::key, s.kt + l * dim, width, C(1));
       load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv,
                    present, width, C(1));
     });
-    load_tile<C>(s.k, padded(p.D), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded(p.D), C(p.scale));
+    load_tile<C>(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
+                 defers_scale(p) ? C(1) : C(p.scale));
+    embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
   }
 
   void run_tile(const Tile& t, bool careful) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
-    const int64_t d = padded(p.D), dv = padded(p.Dv);
-    load_tile<C>(s.q, d, Source<S>{at(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]}, queries, p.D, d, C(1));
-    load_tile<C>(s.dout, dv, Source<S>{at(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv, dv,
-                 C(1));
-    for_each_panel(padded(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
+    const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    const C scale = query_scale<C>(p, b, t.h);  // scores want it, and dK
+    load_tile<C>(s.q, d, Source<S>{query_row(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]}, queries, p.D, d,
+                 p.similarity == Similarity::dot ? scale : C(1));
+    embed_rows(p, Role::query, s.q, d, queries, scale);
+    load_tile<C>(s.dout, dv, Source<S>{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv,
+                 dv, C(1));
+    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
-    const Rows dq = dq_rows(p, w, group, b, t.h);
+    const Rows dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
     if (careful) return multiply_carefully(t, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
@@ -313,21 +364,37 @@ struct Backward {
     clear(ib - t.i0, queries);
     if (ia >= ib) return;
 
-    const Tile panel{t.b, t.h, ia, ib, ja, jb};
-    const int64_t r0 = ia - t.i0, r1 = ib - t.i0, d = padded(p.D), dv = padded(p.Dv);
-    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * p.D, width, prob, stride, width, s.q,
-                                        WholeSum{p.D});
+    const Tile panel{t.b, t.h, ia, ib, ja, jb, t.bits};
+    const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p), d = padded<C>(dim), dv = padded<C>(p.Dv);
+    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * dim, width, prob, stride, width, s.q,
+                                        WholeSum{dim});
     multiply<Onto::nothing, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
                                         WholeSum{p.Dv});
     const bool plain = is_plain(p, band, panel);
-    if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.bias, s.mask);
-    const RowState* state = w.rows + (b * p.Hq + t.h) * p.Sq + t.i0;
+    if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts);
+    if (s.parts.keep) {
+      load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, panel);
+      multiply_tile_by(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
+    }
+    const RowState* state = w.rows + query_index(p, band, t.h) + t.i0;
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (plain && !careful)
       gradients<kN, false>(prob, grad, r0, r1, state, to_log2, absent);
     else
       gradients<kN, true>(prob, grad, r0, r1, state, to_log2, absent);
     if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
+    if (w.distances) add_to_distances(panel, grad + r0 * stride);
+    if (s.parts.slopes) multiply_tile_by(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
+    if (s.parts.keep) drop(prob + r0 * stride, stride, s.parts.keep, int64_t{width}, r1 - r0);
+  }
+
+  // Zeros stay zeros: they may be absent pairs, whose factor may be NaN.
+  static void multiply_tile_by(C* x, int64_t stride, const C* factor, int64_t width, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < width; l += n) {
+        const Vec<C> y = load(x + r * stride + l);
+        store(x + r * stride + l, select(y == Vec<C>{}, Vec<C>{}, y * load(factor + r * width + l)));
+      }
   }
 
   template <int kN, bool masked>
@@ -357,7 +424,7 @@ struct Backward {
   void add_to_bias(const Tile& t, const C* grad) const {
     const int64_t stride = lanes_k(), keys = t.j1 - t.j0, whole = keys / n * n;
     for (int64_t i = t.i0; i < t.i1; ++i, grad += stride) {
-      C* to = at<C>(p.dbias, t.h, i) + t.j0 * p.dbias.stride[3];
+      C* to = row_of<C>(p.dbias, b, t.h, i) + t.j0 * p.dbias.stride[3];
       if (p.dbias.stride[3] == 0) {
         Vec<C> sum = {};
         for (int64_t j = 0; j < whole; j += n) sum = add_bias_gradient(sum, load(grad + j));
@@ -371,9 +438,24 @@ struct Backward {
     }
   }
 
+  // The tile's diagonals are added up first; each has one distance.
+  void add_to_distances(const Tile& t, const C* grad) const {
+    const int64_t stride = lanes_k(), rows = t.i1 - t.i0, keys = t.j1 - t.j0, whole = keys / n * n;
+    for (int64_t x = 0; x < rows + keys - 1; ++x) s.diagonals[x] = 0;
+    for (int64_t r = 0; r < rows; ++r, grad += stride) {
+      C* to = s.diagonals + (rows - 1 - r);
+      for (int64_t l = 0; l < whole; l += n) store(to + l, load(to + l) + load(grad + l));
+      for (int64_t l = whole; l < keys; ++l) to[l] += grad[l];
+    }
+    const DistanceBias<C> bias(p, b, t.h);
+    double* sums = distance_sums(p, w, b, group, t.h);
+    for (int64_t x = 0; x < rows + keys - 1; ++x)
+      bias.add_gradient(diagonal_distance<InLanes::keys>(band, t, x), s.diagonals[x], sums, sums + 1);
+  }
+
   // The three products pair by pair, leaving absent pairs (P = -1) out.
   void multiply_carefully(const Tile& t, C* dq, int64_t dq_stride) const {
-    const int64_t stride = lanes_k(), dk = padded(p.D), dv = padded(p.Dv);
+    const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     for (int64_t i = 0; i < t.i1 - t.i0; ++i)
       for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
         const C prob = s.p[i * stride + j], grad = s.ds[i * stride + j];
@@ -389,23 +471,71 @@ struct Backward {
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
 
-  static void finish(const Problem& p, int64_t task, void*) {
-    const RowTask t = row_task(p, task);
+  static void finish(const Problem& p, int64_t task, void* scratch) {
+    const Band band = band_of_row_task(p, task);
+    const RowTask t = row_task(p, band, task);
     Workspace w;
+    Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
-    const int64_t parts = groups(p, Band(p, t.b).keys);
-    const Rows sum = dq_rows(p, w, 0, t.b, t.h);
+    carve(p, static_cast<char*>(scratch), &s);
+    const int64_t parts = groups(p, band.keys);
+    const Rows sum = dq_rows(p, w, band, 0, t.h);
     for (int64_t part = 1; part < parts; ++part) {
-      const Rows more = dq_rows(p, w, part, t.b, t.h);
+      const Rows more = dq_rows(p, w, band, part, t.h);
       for (int64_t i = t.i0; i < t.i1; ++i)
-        for (int64_t d = 0; d < padded(p.D); d += n) {
+        for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) {
           C* to = sum.data + i * sum.stride + d;
           store(to, load(to) + load(more.data + i * more.stride + d));
         }
     }
-    if (!dq_in_place(p))
-      store_rows<C>(static_cast<S*>(p.dq.data) + t.b * p.dq.stride[0] + t.h * p.dq.stride[1] + t.i0 * p.dq.stride[2],
-                    p.dq.stride[2], sum.data + t.i0 * sum.stride, sum.stride, t.i1 - t.i0, p.D, C(1));
+    if (defers_scale(p)) {
+      double scale_sum = 0;
+      for (int64_t i = t.i0; i < t.i1; ++i) scale_sum += take_back(p, band, s, t.b, t.h, i, sum.data + i * sum.stride);
+      if (w.row_sums) w.row_sums[task].scale = scale_sum;
+    }
+    if (!dq_in_place(p) && t.i0 < t.i1)
+      store_rows<C>(row_of<S>(p.dq, band.batch, t.h, band.q_row + t.i0), p.dq.stride[2], sum.data + t.i0 * sum.stride,
+                    sum.stride, t.i1 - t.i0, p.D, C(1));
+  }
+
+  // The gradient g of an embedded, unscaled query becomes that of the query; returns what the row adds to d(scale):
+  // sum_j ds_j q' . k'_j = q' . g.
+  static double take_back(const Problem& p, const Band& band, const Scratch& s, int64_t b, int64_t h, int64_t i, C* g) {
+    const int64_t dim = embedded_dim(p);
+    bool idle = true;
+    for (int64_t d = 0; d < dim; ++d) idle &= g[d] == 0;
+    if (idle) return 0;  // a query that takes part in nothing may be NaN
+    const Source<S> q{row_of<const S>(p.q, band.batch, h, band.q_row + i), 0, p.q.stride[3]};
+    load_tile<C>(s.row, padded<C>(p.D), q, 1, p.D, padded<C>(p.D), C(1));
+    load_tile<C>(s.q, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));
+    embed_rows(p, Role::query, s.q, padded<C>(dim), 1, C(1));
+    const C scale_gradient = inner_product(s.q, g, dim), scale = scale_of<C>(p, b, h);
+    pull_back(p, Role::query, g, s.row);
+    for (int64_t d = 0; d < p.D; ++d) g[d] *= scale;
+    return scale_gradient;
+  }
+
+  // ---- phase 4 ------------------------------------------------------------------------------------------------------
+
+  // One head's parts, in order: of each sequence, then of its groups or rows.
+  static void add_parameters(const Problem& p, int64_t h, void*) {
+    Workspace w;
+    carve(p, static_cast<char*>(p.workspace), &w);
+    const auto add = [&](const Parameter& to, int64_t b, int64_t row, double x) {
+      if (to.gradient) to.gradient[b * to.batch_stride + row * p.Hq + h] += x;
+    };
+    for (int64_t b = 0; b < p.B; ++b) {
+      const int64_t rows = row_tasks_per_head(p), first = (b * p.Hq + h) * rows;
+      for (int64_t task = first; w.row_sums && task < first + rows; ++task) {
+        add(p.sinks, b, 0, w.row_sums[task].sink);
+        add(p.scales, b, 0, w.row_sums[task].scale);
+      }
+      for (int64_t group = 0; w.distances && group < task_groups(p); ++group) {
+        const double* sums = distance_sums(p, w, b, group, h);
+        add(p.slopes, b, 0, sums[0]);
+        for (int64_t row = 0; row < p.table_rows; ++row) add(p.table, b, row, sums[1 + row]);
+      }
+    }
   }
 };
 

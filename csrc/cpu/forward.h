@@ -8,6 +8,7 @@
 // state and goes over a key block on its own, while the key block stays in the cache for all of them.
 #pragma once
 
+#include "embedding.h"
 #include "kernels.h"
 #include "microkernel.h"
 #include "scores.h"
@@ -20,26 +21,30 @@ struct Forward {
   static constexpr int n = kLanes<C>;
   // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache.
   static constexpr int64_t kQueries = 64, kKeys = 128;
+  static constexpr Int<C> kNoKey = -1;
+  static_assert(kQueries == kMaskTile);  // a block of queries has one row of mask tiles
 
   struct Scratch {
-    C *q, *out, *maximum, *sum, *scores, *k, *v, *bias, *mask;
+    C *q, *out, *maximum, *sum, *scores, *k, *v;
+    Int<C>* best;
+    ScoreParts<C> parts;
   };
   // A null base only measures.
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t panel = kVectors * n, lanes = most<int64_t>(kQueries, n), keys = least(kKeys, p.Sk);
     Carver carve{base};
-    s->q = carve.take<C>(p.D * lanes);
+    s->q = carve.take<C>(embedded_dim(p) * lanes);
     s->out = carve.take<C>(p.Dv * lanes);
     s->maximum = carve.take<C>(lanes);
     s->sum = carve.take<C>(lanes);
     s->scores = carve.take<C>(keys * panel);
-    s->k = in_place(p.k, p.D) ? nullptr : carve.take<C>(keys * padded(p.D));
-    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded(p.Dv));
-    s->bias = p.bias.data ? carve.take<C>(keys * panel) : nullptr;
-    s->mask = p.mask.data ? carve.take<C>(keys * panel) : nullptr;
+    const bool k_in_place = in_place(p.k, p.D) && p.similarity == Similarity::dot;
+    s->k = k_in_place ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
+    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
+    s->best = p.normalizer == Normalizer::hard ? carve.take<Int<C>>(lanes) : nullptr;
+    s->parts = ScoreParts<C>(p, carve, keys, panel, false);
     return carve.size;
   }
-  static int64_t padded(int64_t x) { return (x + n - 1) / n * n; }
 
   // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
   static bool in_place(const View& view, int64_t dim) {
@@ -56,19 +61,34 @@ struct Forward {
     plan->workspace_bytes = 0;
   }
 
-  // The last block of a head comes first: under a causal mask it has the most keys.
   static void run(const Problem& p, int64_t task, void* scratch) {
-    const int64_t per_head = blocks(p), head = task / per_head, block = per_head - 1 - task % per_head;
-    Scratch s;
-    carve(p, static_cast<char*>(scratch), &s);
-    const Forward f{
-        p, Band(p, head / p.Hq), s, head / p.Hq, head % p.Hq, block * kQueries, least(p.Sq, (block + 1) * kQueries)};
+    const Forward f = of_task(p, task, scratch);
+    if (f.i0 >= f.i1) return;
     f.load_queries();
     f.attend(false);
+    if (f.s.best) return f.store_best();
     // A masked V_j is multiplied by a probability of 0, which lets infinities and NaNs through. They show in the result
     // and are rare: only then is the block done again, leaving masked pairs out one by one.
     if (!f.result_is_finite()) f.attend(true);
     f.store_result();
+  }
+
+  // Hard attention, for backward: best[query] is the key that it takes, below 0 for none.
+  static void find_best_keys(const Problem& p, int64_t task, void* scratch, int64_t* best) {
+    const Forward f = of_task(p, task, scratch);
+    if (f.i0 >= f.i1) return;
+    f.load_queries();
+    f.attend(false);
+    for (int64_t i = f.i0; i < f.i1; ++i) best[query_index(p, f.band, f.h) + i] = f.s.best[i - f.i0];
+  }
+
+  // The last block of a head comes first: under a causal mask it has the most keys.
+  static Forward of_task(const Problem& p, int64_t task, void* scratch) {
+    const int64_t per_head = blocks(p), head = task / per_head, block = per_head - 1 - task % per_head;
+    Scratch s;
+    carve(p, static_cast<char*>(scratch), &s);
+    const Band band(p, head / p.Hq);
+    return {p, band, s, head / p.Hq, head % p.Hq, block * kQueries, least(band.q_rows, (block + 1) * kQueries)};
   }
 
   const Problem& p;
@@ -77,23 +97,18 @@ struct Forward {
   const int64_t b, h, i0, i1;
 
   int64_t kv_head() const { return h / (p.Hq / p.Hk); }
-  int64_t lanes() const { return padded(i1 - i0); }
-
-  // f(lane, kN): panels of kVectors vectors, then of one.
-  template <class F>
-  HEEDFUL_FN void for_each_panel(F f) const {
-    int64_t l = 0;
-    for (; l + kVectors * n <= lanes(); l += kVectors * n) f(l, Constant<kVectors>{});
-    for (; l < lanes(); l += n) f(l, Constant<1>{});
-  }
+  int64_t lanes() const { return padded<C>(i1 - i0); }
 
   void load_queries() const {
-    const S* q = static_cast<const S*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1];
-    for_each_panel([&](int64_t l, auto vectors) {
+    const S* q = row_of<const S>(p.q, band.batch, h, band.q_row);
+    const int64_t dim = embedded_dim(p);
+    const C scale = query_scale<C>(p, b, h);
+    for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, i = i0 + l;
       const int64_t present = clamp(least(i1, band.queries) - i, 0, width);
-      load_tile<C>(s.q + l * p.D, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D, present,
-                   width, C(1));
+      load_tile<C>(s.q + l * dim, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D, present,
+                   width, p.similarity == Similarity::dot ? scale : C(1));
+      embed_lanes(p, Role::query, s.q + l * dim, width, scale);
     });
   }
 
@@ -102,33 +117,43 @@ struct Forward {
     const C* data;
     int64_t stride;
   };
-  Rows rows(const View& view, C* packed, int64_t dim, int64_t j0, int64_t j1) const {
-    const S* data =
-        static_cast<const S*>(view.data) + b * view.stride[0] + kv_head() * view.stride[1] + j0 * view.stride[2];
+  Rows rows(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
+    const S* data = row_of<const S>(view, band.batch, kv_head(), band.k_row + j0);
     if constexpr (sizeof(S) == sizeof(C))
       if (!packed) return {data, view.stride[2]};
-    load_tile<C>(packed, padded(dim), Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, padded(dim), C(1));
-    return {packed, padded(dim)};
+    load_tile<C>(packed, width, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width, C(1));
+    return {packed, width};
+  }
+  Rows key_rows(int64_t j0, int64_t j1) const {
+    const Rows k = rows(p.k, s.k, p.D, padded<C>(embedded_dim(p)), j0, j1);
+    if (s.k) embed_rows(p, Role::key, s.k, k.stride, j1 - j0, C(1));
+    return k;
   }
 
   void attend(bool careful) const {
+    const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     for (int64_t l = 0; l < lanes() * p.Dv; ++l) s.out[l] = 0;
     for (int64_t l = 0; l < lanes(); ++l) {
-      s.maximum[l] = -kInfinity<C>;
-      s.sum[l] = 0;
+      s.maximum[l] = sink;
+      s.sum[l] = sink == -kInfinity<C> ? C(0) : C(1);
+      if (s.best) s.best[l] = kNoKey;
     }
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0) return;
     const int64_t first_key = band.first_key(i0), end_key = band.end_key(last);
-    for (int64_t j0 = first_key; j0 < end_key; j0 += kKeys) {
-      const int64_t j1 = least(j0 + kKeys, end_key);
-      const Rows k = rows(p.k, s.k, p.D, j0, j1), v = rows(p.v, s.v, p.Dv, j0, j1);
-      for_each_panel([&](int64_t l, auto vectors) {
+    for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
+      next = p.tiles.data ? (j0 / kMaskTile + 1) * kMaskTile : j0 + kKeys;
+      const int32_t mask_tile = HEEDFUL_TARGET::mask_tile(p, b, h, i0, j0);
+      if (mask_tile == kEmptyTile) continue;
+      const int64_t j1 = least(next, end_key);
+      const Rows k = key_rows(j0, j1), v = s.best ? Rows{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+      for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
         const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
-        const Tile tile{b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1))};
+        const Tile tile{b,         h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1)),
+                        mask_bits(p, mask_tile)};
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
                                     v.data + (tile.j0 - j0) * v.stride, v.stride, careful);
@@ -141,11 +166,12 @@ struct Forward {
   HEEDFUL_FN void attend_panel(const Tile& tile, int64_t l, const C* k, int64_t k_stride, const C* v, int64_t v_stride,
                                bool careful) const {
     constexpr int width = kN * n;
-    const int64_t keys = tile.j1 - tile.j0;
-    multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * p.D, width, s.scores, width, width, s.scores,
-                                        WholeSum{p.D});
+    const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
+    multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * dim, width, s.scores, width, width, s.scores,
+                                        WholeSum{dim});
     const bool plain = is_plain(p, band, tile);
-    if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.bias, s.mask);
+    if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts);
+    if (s.best) return find_best<kN>(tile, l);
     alignas(64) C rescale[width];
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (careful)
@@ -154,6 +180,10 @@ struct Forward {
       probabilities<kN, false, false>(keys, l, to_log2, rescale);
     else
       probabilities<kN, true, false>(keys, l, to_log2, rescale);
+    if (s.parts.keep) {
+      load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
+      drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
+    }
     C* out = s.out + l * p.Dv;
     if (careful)
       add_values_carefully<kN>(keys, v, v_stride, out, rescale);
@@ -214,13 +244,47 @@ struct Forward {
     return all_finite<C, C>(s.out, lanes(), 1, p.Dv, lanes()) && all_finite<C, C>(s.sum, 0, 1, 1, lanes());
   }
 
+  // Hard attention: the largest score and its key, of equal ones the first. A NaN is larger than all; a sink, which the
+  // search starts with, has to be larger than every score.
+  template <int kN>
+  HEEDFUL_FN void find_best(const Tile& tile, int64_t l) const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    for (int v = 0; v < kN; ++v) {
+      Vec<C> top = load(s.maximum + l + v * n);
+      Vec<Int<C>> best = load(s.best + l + v * n);
+      for (int64_t j = 0; j < tile.j1 - tile.j0; ++j) {
+        const Vec<C> x = load(s.scores + (j * kN + v) * n);
+        const auto first = (x == top) & (best == kNoKey) & (x != minus_infinity);
+        const auto better = (x > top) | first | ((x != x) & (top == top));
+        top = select(better, x, top);
+        best = select(better, broadcast<Int<C>>(Int<C>(tile.j0 + j)), best);
+      }
+      store(s.maximum + l + v * n, top);
+      store(s.best + l + v * n, best);
+    }
+  }
+
+  void store_best() const {
+    S* out = row_of<S>(p.out, band.batch, h, band.q_row);
+    C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
+    for (int64_t i = i0; i < i1; ++i) {
+      const bool exists = i < band.queries;
+      const Int<C> best = exists ? s.best[i - i0] : kNoKey;
+      lse[i] = exists ? s.maximum[i - i0] : -kInfinity<C>;
+      const C z = best == kNoKey ? C(0) : has_dropout(p) ? keep_pair<C>(p, b, h, i, best) : C(1);
+      const S* v = row_of<const S>(p.v, band.batch, kv_head(), band.k_row + (best == kNoKey ? 0 : best));
+      for (int64_t d = 0; d < p.Dv; ++d)
+        from_compute(best == kNoKey ? C(0) : C(to_compute(v[d * p.v.stride[3]])) * z, out + i * p.out.stride[2] + d);
+    }
+  }
+
   // out = O / sum, transposed to rows; lse = maximum + log(sum). A row without scores is 0 and -inf.
   void store_result() const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-    S* out = static_cast<S*>(p.out.data) + b * p.out.stride[0] + h * p.out.stride[1];
-    C* lse = static_cast<C*>(p.lse) + (b * p.Hq + h) * p.Sq;
+    S* out = row_of<S>(p.out, band.batch, h, band.q_row);
+    C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
     const double unit = score_unit(p);
-    for_each_panel([&](int64_t l, auto vectors) {
+    for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
       constexpr int kN = decltype(vectors)::value;
       const int64_t i = i0 + l, present = least<int64_t>(i1 - i, kN * n);
       alignas(64) C reference[kN * n], log[kN * n];

@@ -108,4 +108,20 @@ HEEDFUL_CALLED void multiply(Operand<C, unit> a, int64_t m0, int64_t m1, const C
   for (; l < lanes; l += n) multiply_panel<1, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
 }
 
+// x rounded up to whole vectors.
+template <class C>
+HEEDFUL_FN int64_t padded(int64_t x) {
+  constexpr int n = kLanes<C>;
+  return (x + n - 1) / n * n;
+}
+
+// f(lane, number of vectors): panels of kVectors vectors, then of one.
+template <class C, class F>
+HEEDFUL_FN void for_each_panel(int64_t lanes, F f) {
+  constexpr int n = kLanes<C>;
+  int64_t l = 0;
+  for (; l + kVectors * n <= lanes; l += kVectors * n) f(l, Constant<kVectors>{});
+  for (; l < lanes; l += n) f(l, Constant<1>{});
+}
+
 }  // namespace heedful::HEEDFUL_TARGET

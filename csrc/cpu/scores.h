@@ -1,9 +1,14 @@
-// Applies bias and masks to a tile of scores, for the forward kernel (queries in lanes) and the backward one (keys in
-// lanes).
+// From products q . k to scores, a tile at a time, for the forward kernel (queries in lanes) and the backward one (keys
+// in lanes): softcap, biases, masks; and dropout's factors. What each feature means stands in score/.
 #pragma once
 
 #include "../score/bias.h"
+#include "../score/blocks.h"
+#include "../score/distance.h"
+#include "../score/dropout.h"
 #include "../score/mask.h"
+#include "../score/sink.h"
+#include "../score/softcap.h"
 #include "../score/softmax.h"
 #include "tiles.h"
 
@@ -12,24 +17,69 @@ namespace heedful::HEEDFUL_TARGET {
 template <class C>
 constexpr C kInfinity = C(__builtin_inf());
 
-// Queries [i0, i1) x keys [j0, j1) of one head.
+// Queries [i0, i1) x keys [j0, j1) of one head; `bits` are those of its part of a block mask, null where all are set.
 struct Tile {
   int64_t b, h, i0, i1, j0, j1;
+  const int64_t* bits;
 };
 
 enum class InLanes { queries, keys };
 
+// The first element of a row of q, k, v and the like.
+template <class T>
+HEEDFUL_FN T* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
+}
+// The place of a sequence's first query among all of them: [B, Hq, Sq], or [1, Hq, q_rows] when packed.
+HEEDFUL_FN int64_t query_index(const Problem& p, const Band& band, int64_t h) {
+  return (band.batch * p.Hq + h) * p.q_rows + band.q_row;
+}
+HEEDFUL_FN int64_t query_count(const Problem& p) { return (p.q_offsets ? 1 : p.B) * p.Hq * p.q_rows; }
+
 // Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
-// maximum or lse, and that loses least when it is taken before any scale. A bias needs scaled scores, a scale below 0
-// turns their order around, and one near 0 would push lse / scale out of range: then apply_scores scales first.
-inline bool scales_first(const Problem& p) { return p.bias.data || !(p.scale > 1e-20); }
+// maximum or lse, and that loses least when it is taken before any scale. Whatever is added to scores needs them
+// scaled, a scale below 0 turns their order around, and one near 0 would push lse / scale out of range: then it is q
+// that is scaled, on loading.
+inline bool scales_first(const Problem& p) {
+  return p.bias.data || p.scales.data || p.sinks.data || p.softcap != 0 || has_distances(p) ||
+         p.similarity != Similarity::dot || p.normalizer == Normalizer::hard || !(p.scale > 1e-20);
+}
 // What one unit of a score is worth then, in natural units.
 inline double score_unit(const Problem& p) { return scales_first(p) ? 1.0 : p.scale; }
 
+template <class C>
+HEEDFUL_FN C scale_of(const Problem& p, int64_t b, int64_t h) {
+  return p.scales.data ? static_cast<const C*>(p.scales.data)[b * p.scales.batch_stride + h] : C(p.scale);
+}
+
+// The factor of q on loading.
+template <class C>
+HEEDFUL_FN C query_scale(const Problem& p, int64_t b, int64_t h) {
+  return scales_first(p) ? scale_of<C>(p, b, h) : C(1);
+}
+
 // Whether every pair of the tile keeps the score that the product gave.
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !p.mask.data && !scales_first(p) && band.covers(t.i0, t.i1, t.j0, t.j1);
+  return !p.mask.data && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 &&
+         band.covers(t.i0, t.i1, t.j0, t.j1);
 }
+
+// A tile's worth of what scores are made of: rows x width. Null where a feature is absent.
+template <class C>
+struct ScoreParts {
+  C *bias, *mask, *slopes, *keep;  // slopes: the derivatives of capped scores, where they are wanted
+  C* distances;                    // one for each diagonal
+
+  ScoreParts(const Problem& p, Carver& carve, int64_t rows, int64_t width, bool derivatives) {
+    constexpr int n = kLanes<C>;
+    bias = p.bias.data ? carve.take<C>(rows * width) : nullptr;
+    mask = p.mask.data ? carve.take<C>(rows * width) : nullptr;
+    slopes = derivatives && p.softcap != 0 ? carve.take<C>(rows * width) : nullptr;
+    keep = has_dropout(p) ? carve.take<C>((rows + n) * width) : nullptr;
+    distances = has_distances(p) ? carve.take<C>(rows + width) : nullptr;
+  }
+  ScoreParts() = default;
+};
 
 // The part of a [B, Hq, Sq, Sk] tensor under a tile.
 template <InLanes in_lanes, class S>
@@ -50,36 +100,80 @@ HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t,
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
 }
 
-// s[row * stride + lane] gets its bias; -inf where the pair is masked. `width` is the
-// tile's lanes rounded up to whole vectors; `bias` and `mask` are scratch of rows x width.
+// ---- distances ------------------------------------------------------------------------------------------------------
+
+// The distance of the diagonal `x` of a tile: row r and lane l lie on the diagonal (rows - 1 - r) + l.
+template <InLanes in_lanes>
+HEEDFUL_FN int64_t diagonal_distance(const Band& band, const Tile& t, int64_t x) {
+  return in_lanes == InLanes::keys ? t.j0 - (band.start + t.i1 - 1) + x : t.j1 - 1 - (band.start + t.i0) - x;
+}
+
+template <InLanes in_lanes, class C>
+HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Band& band, const Tile& t) {
+  const DistanceBias<C> bias(p, t.b, t.h);
+  const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = queries + keys - 1;
+  const int64_t end = (in_lanes == InLanes::queries ? keys : queries) - 1 + width;
+  for (int64_t x = 0; x < end; ++x)
+    to[x] = x < diagonals ? bias.value(diagonal_distance<in_lanes>(band, t, x)) : C(0);
+}
+
+// ---- softcap --------------------------------------------------------------------------------------------------------
+
+template <class C>
+HEEDFUL_FN void cap_scores(C* s, int64_t stride, int64_t rows, int64_t width, C cap, C* slopes) {
+  const Vec<C> caps = broadcast<C>(cap), inverse = broadcast<C>(1 / cap);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t l = 0; l < width; l += kLanes<C>) {
+      const auto capped = soft_cap(load(s + r * stride + l), caps, inverse);
+      store(s + r * stride + l, capped.score);
+      if (slopes) store(slopes + r * width + l, capped.slope);
+    }
+}
+
+// ---- all of it ------------------------------------------------------------------------------------------------------
+
+// s[row * stride + lane] becomes the pair's score, -inf where it is absent. `width` is the tile's lanes rounded up to
+// whole vectors.
 template <InLanes in_lanes, class C>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
-                                 C* bias, C* mask) {
+                                 const ScoreParts<C>& parts) {
   constexpr int n = kLanes<C>;
   constexpr bool queries_in_lanes = in_lanes == InLanes::queries;
   using I = Int<C>;
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
   const int64_t rows = queries_in_lanes ? keys : queries, lanes = queries_in_lanes ? queries : keys;
-  const bool biased = p.bias.data, masked = p.mask.data;
-  if (biased) load_bias<in_lanes, C>(bias, width, p, t, rows, lanes);
-  if (masked) load_tile<C>(mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
+  const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
+  if (p.softcap != 0) {
+    cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
+    if (!banded && !t.bits && !parts.mask && !parts.bias && !parts.distances) return;
+  }
+  const C *bias = parts.bias, *mask = parts.mask, *distances = parts.distances;
+  if (bias) load_bias<in_lanes, C>(parts.bias, width, p, t, rows, lanes);
+  if (mask) load_tile<C>(parts.mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
+  if (distances) load_distances<in_lanes, C>(parts.distances, width, p, band, t);
 
   // The keys that each query sees, counted from j0.
-  const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
   const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
   const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
+  // Bits of a block mask: a query's word, and where its first key is in there.
+  const int64_t *words = t.bits ? t.bits + t.i0 % kMaskTile : nullptr, bit0 = t.j0 % kMaskTile;
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-  const Vec<C> scale = broadcast<C>(scales_first(p) ? C(p.scale) : C(1));
   for (int64_t l = 0; l < width; l += n) {
-    Vec<I> first, end;
+    Vec<I> first, end, low_word, high_word;
     const Vec<I> lane_index = iota<I>() + I(l);
     if (queries_in_lanes && banded)
       for (int i = 0; i < n; ++i) {
         first[i] = l + i < queries ? first_key(t.i0 + l + i) : I(0);
         end[i] = l + i < queries ? end_key(t.i0 + l + i) : I(0);
       }
+    if (queries_in_lanes && words)
+      for (int i = 0; i < n; ++i) {
+        const int64_t word = l + i < queries ? words[l + i] : 0;
+        low_word[i] = I(word);
+        high_word[i] = I(word >> 32);
+      }
     for (int64_t r = 0; r < rows; ++r) {
-      Vec<C> x = load(s + r * stride + l) * scale;
+      Vec<C> x = load(s + r * stride + l);
       Vec<I> allowed = ~Vec<I>{};
       if (banded) {
         if constexpr (queries_in_lanes)
@@ -87,11 +181,96 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         else
           allowed = in_band(allowed, lane_index, broadcast<I>(first_key(t.i0 + r)), broadcast<I>(end_key(t.i0 + r)));
       }
-      if (masked) allowed &= load(mask + r * width + l) != Vec<C>{};
-      if (biased) x = add_bias(x, load(bias + r * width + l), minus_infinity);
+      if (words) {
+        if constexpr (!queries_in_lanes) {
+          // Past the tile's keys there are no bits to count; what lies there is never used.
+          const I word = bit0 + l < kMaskTile ? I(uint64_t(words[r]) >> (bit0 + l)) : I(0);
+          allowed &= bit_is_set(broadcast<I>(word), iota<I>());
+        } else {
+          const int at = int(bit0 + r);
+          allowed &= bit_is_set(at < 32 || sizeof(I) == 8 ? low_word : high_word, I(sizeof(I) == 8 ? at : at % 32));
+        }
+      }
+      if (mask) allowed &= load(mask + r * width + l) != Vec<C>{};
+      if (bias) x = add_bias(x, load(bias + r * width + l), minus_infinity);
+      if (distances) x += load(distances + (rows - 1 - r) + l);
       store(s + r * stride + l, select(allowed, x, minus_infinity));
     }
   }
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+// z of the keys [j, j + 8) for the queries of the lanes, i and on.
+template <class C>
+HEEDFUL_FN void keep_eight_keys(const Problem& p, const Tile& t, int64_t i, int64_t j, C kept, Vec<C> (&z)[8]) {
+  typedef Vec<uint64_t> Word;
+  constexpr int n = kLanes<C>, kWords = kLanes<uint64_t>, kParts = n / kWords;
+  Vec<Int<C>> random[4];  // of which 32 bits count
+  Counter<Word> parts[kParts];
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part)
+    parts[part] = philox(Counter<Word>{{broadcast<uint64_t>(uint64_t(j) / kPairsPerCounter),
+                                        iota<uint64_t>() + uint64_t(i + part * kWords),
+                                        broadcast<uint64_t>(uint64_t(t.h)), broadcast<uint64_t>(uint64_t(t.b))}},
+                         seed_of(p, t.b), [](Word a, uint32_t b) { return multiply_low(a, b); });
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) random[w] = low_halves<C>(parts[0].word[w], parts[kParts - 1].word[w]);
+  const Vec<Int<C>> keep = broadcast<Int<C>>(Int<C>(p.keep));
+#pragma GCC unroll 8
+  for (int key = 0; key < 8; ++key) {
+    const Vec<Int<C>> bits = (random[key / 2] >> (16 * (key % 2))) & 0xffff;
+    z[key] = select(bits < keep, broadcast<C>(kept), Vec<C>{});
+  }
+}
+
+// z of one pair.
+template <class C>
+HEEDFUL_CALLED C keep_pair(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  Vec<C> z[8];
+  keep_eight_keys<C>(p, Tile{b, h, i, i + 1, j, j + 1, nullptr}, i, j / 8 * 8, C(kept_weight(p)), z);
+  return z[j % 8][0];
+}
+
+// keep[row * width + lane] = z of the tile's pairs. Rows up to the next multiple of the vector are written.
+template <InLanes in_lanes, class C>
+HEEDFUL_CALLED void load_keep(C* keep, int64_t width, const Problem& p, const Tile& t) {
+  constexpr int n = kLanes<C>;
+  const C kept = C(kept_weight(p));
+  if constexpr (in_lanes == InLanes::queries) {
+    for (int64_t l = 0; l < width; l += n)
+      for (int64_t j = t.j0 / 8 * 8; j < t.j1; j += 8) {
+        Vec<C> z[8];
+        keep_eight_keys<C>(p, t, t.i0 + l, j, kept, z);
+        for (int key = 0; key < 8; ++key)
+          if (j + key >= t.j0 && j + key < t.j1) store(keep + (j + key - t.j0) * width + l, z[key]);
+      }
+  } else {
+    // Keys come eight or a vector at a time, whichever is more, and are transposed.
+    constexpr int m = n > 8 ? n : 8;
+    for (int64_t i = t.i0; i < t.i1; i += n)
+      for (int64_t j = t.j0 / 8 * 8; j < t.j0 + width; j += m) {
+        Vec<C> z[m];
+        for (int key = 0; key < m; key += 8)
+          keep_eight_keys<C>(p, t, i, j + key, kept, reinterpret_cast<Vec<C>(&)[8]>(z[key]));
+        for (int part = 0; part < m; part += n) {
+          if (j + part < t.j0 || j + part >= t.j0 + width) continue;
+          Vec<C>(&square)[n] = reinterpret_cast<Vec<C>(&)[n]>(z[part]);
+          transpose<C>(square);
+          for (int row = 0; row < n; ++row) store(keep + (i - t.i0 + row) * width + (j + part - t.j0), square[row]);
+        }
+      }
+  }
+}
+
+// p = p * z, but for marks of absent pairs, which are below 0.
+template <class C>
+HEEDFUL_CALLED void drop(C* prob, int64_t stride, const C* keep, int64_t width, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t l = 0; l < width; l += kLanes<C>) {
+      const Vec<C> x = load(prob + r * stride + l);
+      store(prob + r * stride + l, select(x < Vec<C>{}, x, x * load(keep + r * width + l)));
+    }
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -7,15 +7,6 @@ namespace heedful::HEEDFUL_TARGET {
 
 // ---- transposing a square of registers ------------------------------------------------------------------------------
 
-template <int... kLane>
-struct LaneList {};
-template <int kCount, int... kLane>
-struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, kLane...> {};
-template <int... kLane>
-struct LanesUpTo<0, kLane...> {
-  using list = LaneList<kLane...>;
-};
-
 // Rows a = r and b = r + kStep trade the lanes that lie on the wrong side of the diagonal.
 template <class T, int kStep, int... kLane>
 HEEDFUL_FN void trade(Vec<T>& a, Vec<T>& b, LaneList<kLane...>) {

@@ -1,5 +1,5 @@
-// Masks by position: causal, sliding windows and lengths. Query i of a sequence sits at start + i and sees the keys
-// [position - left, position + right], cut to the sequence's lengths.
+// Where a sequence lies, and masks by position: causal, sliding windows and lengths. Query i of a sequence sits at
+// start + i and sees the keys [position - left, position + right], cut to the sequence's lengths.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,10 @@ HEEDFUL_FN int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low 
 
 // The band of one sequence. Both ends of a query's keys rise with the query, so a block's keys follow from its ends.
 struct Band {
+  int64_t batch, q_row, k_row;  // the first query is row q_row of that batch entry in memory, the first key row k_row
+  int64_t q_rows, k_rows;       // the rows there that are this sequence's own
+  int64_t queries, keys;        // those of them that exist
   int64_t start, left, right;
-  int64_t queries, keys;  // the lengths of this sequence
 
   HEEDFUL_FN Band(const Problem& p, int64_t b) {
     // Positions this far out see nothing or everything already; the clamp keeps sums inside 64 bits.
@@ -22,8 +24,13 @@ struct Band {
     start = clamp(p.q_starts ? p.q_starts[b] : p.q_start, -kFar, kFar);
     left = p.left == kUnbounded ? kUnbounded : clamp(p.left, -kFar, kFar);
     right = p.right == kUnbounded ? kUnbounded : clamp(p.right, -kFar, kFar);
-    queries = p.q_lengths ? clamp(p.q_lengths[b], 0, p.Sq) : p.Sq;
-    keys = p.k_lengths ? clamp(p.k_lengths[b], 0, p.Sk) : p.Sk;
+    batch = p.q_offsets ? 0 : b;
+    q_row = p.q_offsets ? p.q_offsets[b] : 0;
+    k_row = p.k_offsets ? p.k_offsets[b] : 0;
+    q_rows = p.q_offsets ? p.q_offsets[b + 1] - q_row : p.Sq;
+    k_rows = p.k_offsets ? p.k_offsets[b + 1] - k_row : p.Sk;
+    queries = p.q_lengths ? clamp(p.q_lengths[b], 0, q_rows) : q_rows;
+    keys = p.k_lengths ? clamp(p.k_lengths[b], 0, k_rows) : k_rows;
   }
 
   // The keys that query i sees: [first_key(i), end_key(i)); empty where the first is not below the second.

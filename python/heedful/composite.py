@@ -1,198 +1,136 @@
-"""Derivatives that no kernel computes, in plain PyTorch operations, a block of queries at a time.
+"""Derivatives that no kernel computes: of definition.py, a block of queries at a time.
 
 Forward mode needs the tangents of both operators, double backward the gradients of the second. They are rarely asked
-for, so they trade speed for brevity: memory for [B, Hq, BLOCK, Sk] pairs at once, half precision in float32.
+for, so they trade speed for brevity: all is computed anew from the operators' arguments, with memory for
+[B, Hq, BLOCK, Sk] pairs at once, half precision in float32.
 
-    s  = scale * q k^T + bias       p     = exp(s - lse)
-    dp = dout v^T                   delta = sum(dout * out) - dlse        ds = p * (dp - delta)
-
-The operators give out = p v and dq = scale * ds k, dk = scale * ds^T q, dv = p^T dout, dbias = ds. Below, dx is the
-gradient of x, tx its tangent, and gx the gradient of x where x is what the backward operator takes or gives. Where
-there is no bias, its tangent and its gradients are None.
+Below, f is the forward operator of x, its differentiable arguments, and c = (dout, dlse) are gradients of its results.
+A tangent t goes through a function as the gradient of its gradient, which is linear in what it is given: that takes
+reverse mode alone, which may happen inside of every transform (torch has only one forward level outside torch.func).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import tree_map
 
-from .masks import allowed
-from .pairs import contract, scores
+from . import definition
+from .definition import DIFFERENTIABLE, Options, Tensors
 
 BLOCK = 128  # queries
 
-Tensors = tuple[Tensor | None, ...]
+# (f, x, c, t) -> a result with a row for each query, like c, and one like x; either may be empty.
+Rule = Callable[[Callable, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Sequence, Sequence]]
+Results = tuple[list[Tensor], dict[str, Tensor]]
 
 
-def forward_jvp(saved: Tensors, options: Mapping[str, Any], tangents: Tensors) -> Tensors:
-    """Tangents of (out, lse), given those of q, k, v, bias. saved: the operator's tensors, then its results."""
-    call = Call(saved, options)
-    tq, tk, tv, tbias = call.widen(tangents)
-    total = Total(call)
-    for rows in call.blocks():
-        ts = rows.linear_scores(tq, tk, tbias)
-        tlse = (rows.p * ts).sum(-1, keepdim=True)
-        total.rows(out=rows.contract(rows.p * (ts - tlse), call.v) + rows.contract(rows.p, tv), lse=tlse)
-    return total.of("out", "lse")
+def forward_jvp(tensors: Tensors, options: Options, tangents: Tensors) -> tuple[Tensor, Tensor]:
+    """Tangents of (out, lse), given those of DIFFERENTIABLE. Here and below, a tangent of None is zero."""
+    (tout, tlse), _ = _whole(lambda f, x, c, t: (_jvp(f, x, t), ()), tensors, options, (), tangents)
+    return tout.to(tensors["q"].dtype), tlse
 
 
-def backward_jvp(saved: Tensors, options: Mapping[str, Any], grads: Tensors, tangents: Tensors) -> Tensors:
-    """Tangents of (dq, dk, dv, dbias), given those of q, k, v, bias, dout, dlse, out, lse. grads: (dout, dlse)."""
-    call = Call(saved, options)
-    tq, tk, tv, tbias = call.widen(tangents[:4])
-    total = Total(call)
-    for rows in call.blocks():
-        g, out, dp, delta, ds = rows.backward(*grads)
-        tg, th, tout, tlse = (rows(x) for x in tangents[4:])
-        tp = rows.p * (rows.linear_scores(tq, tk, tbias) - tlse)
-        tdp = rows.scores(tg, call.v) + rows.scores(g, tv)
-        tdelta = (tg * out + g * tout).sum(-1, keepdim=True) - th
-        tds = rows.pairs(tp * (dp - delta) + rows.p * (tdp - tdelta))
-        total.rows(q=call.scale * (rows.contract(tds, call.k) + rows.contract(ds, tk)))
-        total.keys(
-            k=call.scale * (rows.gather(tds, rows(call.q)) + rows.gather(ds, rows(tq))),
-            v=rows.gather(tp, g) + rows.gather(rows.p, tg),
-        )
-        total.bias(tds)
-    return total.of("q", "k", "v", "bias")
+def backward_jvp(
+    tensors: Tensors, options: Options, dout: Tensor, dlse: Tensor | None, tangents: Tensors
+) -> tuple[Tensor | None, ...]:
+    """Tangents of the gradients of DIFFERENTIABLE, given those of DIFFERENTIABLE, dout and dlse."""
+    c = (dout, dlse, tangents.get("dout"), tangents.get("dlse"))
+    _, grads = _whole(
+        lambda f, x, c, t: ((), _jvp(_backward(f), (c[:2], *x), (c[2:], *t))), tensors, options, c, tangents
+    )
+    return grads
 
 
-def backward_backward(saved: Tensors, options: Mapping[str, Any], grads: Tensors, ggrads: Tensors) -> Tensors:
-    """Gradients of dout, dlse, q, k, v, out, lse, bias, given those of dq, dk, dv, dbias. grads: (dout, dlse)."""
-    call = Call(saved, options)
-    gq, gk, gv, gbias = call.widen(ggrads)
-    total = Total(call)
-    for rows in call.blocks():
-        g, out, dp, delta, ds = rows.backward(*grads)
-        gds = rows.linear_scores(gq, gk, gbias)
-        gdp = rows.p * gds
-        gdelta = -gdp.sum(-1, keepdim=True)
-        gs = rows.pairs(rows.p * (gds * (dp - delta) + rows.scores(g, gv)))
-        total.rows(
-            dout=rows.contract(gdp, call.v) + rows.contract(rows.p, gv) + out * gdelta,
-            dlse=-gdelta,
-            q=call.scale * (rows.contract(gs, call.k) + rows.contract(ds, gk)),
-            out=g * gdelta,
-            lse=-gs.sum(-1, keepdim=True),
-        )
-        total.keys(k=call.scale * (rows.gather(gs, rows(call.q)) + rows.gather(ds, rows(gq))), v=rows.gather(gdp, g))
-        total.bias(gs)
-    return total.of("dout", "dlse", "q", "k", "v", "out", "lse", "bias")
+def backward_backward(
+    tensors: Tensors, options: Options, dout: Tensor, dlse: Tensor | None, ggrads: Tensors
+) -> tuple[Tensor | None, ...]:
+    """Gradients of dout, dlse and DIFFERENTIABLE, given those of the gradients of DIFFERENTIABLE."""
+
+    def rule(f: Callable, x: tuple[Tensor, ...], c: tuple[Tensor, ...], t: tuple[Tensor, ...]) -> tuple:
+        gc, *gx = vjp(_backward(f), c, *x)[1](t)
+        return gc, gx
+
+    (gdout, gdlse), grads = _whole(rule, tensors, options, (dout, dlse), ggrads)
+    return gdout.to(dout.dtype), gdlse, *grads
 
 
-class Call:
-    """One call of an operator, widened: in the precision that is computed in, k and v with as many heads as q."""
-
-    def __init__(self, saved: Tensors, options: Mapping[str, Any]) -> None:
-        q, k, v, mask, bias, q_lengths, k_lengths, q_starts, out, lse = saved
-        self.dtype = q.dtype
-        self.work = torch.promote_types(q.dtype, torch.float32)
-        self.kv_heads = k.shape[1]
-        self.group = q.shape[1] // k.shape[1] if k.shape[1] else 1
-        self.scale = options["scale"]
-        if self.scale is None:
-            self.scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-        self.q, self.k, self.v, _ = self.widen((q, k, v, None))
-        self.bias, self.out, self.lse = bias, out, lse
-        self.masking = (mask, q_lengths, k_lengths, q_starts, options["q_start"], options["left"], options["right"])
-
-    def widen(self, like_q_k_v_bias: Tensors) -> Tensors:
-        q, k, v, bias = (None if x is None else x.to(self.work) for x in like_q_k_v_bias)
-        return q, k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1), bias
-
-    def blocks(self) -> Iterator[Rows]:
-        for start in range(0, max(self.q.shape[2], 1), BLOCK):
-            yield Rows(self, start, min(start + BLOCK, self.q.shape[2]))
+def _backward(f: Callable) -> Callable:
+    """The backward operator: (c, *x) -> the gradients of x."""
+    return lambda c, *x: vjp(f, *x)[1](c)
 
 
-class Rows:
-    """A block of queries and its pairs with every key. A row with nothing to attend to is read as zeros."""
-
-    def __init__(self, call: Call, start: int, stop: int) -> None:
-        self.call, self.start, self.count = call, start, stop - start
-        q, bias = self.slice(call.q), self.of_bias(call.bias)
-        self.seen = allowed(torch.arange(start, stop, device=q.device), call.k.shape[2], *call.masking)
-        self.seen = self.seen & (bias != -torch.inf)
-        self.seen = self.seen & (call.scale * self.scores(q, call.k) + bias != -torch.inf)
-        self.alive = self.seen.any(-1, keepdim=True)
-        s = call.scale * self.scores(q, call.k) + bias
-        self.p = torch.exp(torch.where(self.seen, s, -torch.inf) - self(call.lse))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """These rows of x [B, Hq, Sq, ...], a column of x [B, Hq, Sq]."""
-        x = self.slice(x if x.dim() == 4 else x[..., None])
-        return torch.where(self.alive, x.to(self.call.work), 0)
-
-    def slice(self, x: Tensor) -> Tensor:
-        return x.narrow(2, self.start, self.count)
-
-    def of_bias(self, bias: Tensor | None) -> Tensor | float:
-        return 0.0 if bias is None else bias if bias.shape[2] == 1 else self.slice(bias)
-
-    def pairs(self, x: Tensor) -> Tensor:
-        """x [B, Hq, n, Sk], 0 where the pair is not there."""
-        return torch.where(self.seen, x, 0)
-
-    def scores(self, a: Tensor, b: Tensor) -> Tensor:
-        return scores(a, b, self.seen)
-
-    def contract(self, w: Tensor, b: Tensor) -> Tensor:
-        """To queries: [B, Hq, n, Sk], [B, Hq, Sk, D] -> [B, Hq, n, D]."""
-        return contract(w, b, self.seen)
-
-    def gather(self, w: Tensor, a: Tensor) -> Tensor:
-        """To keys: [B, Hq, n, Sk], [B, Hq, n, D] -> [B, Hq, Sk, D]."""
-        return contract(w.mT, a, self.seen.mT)
-
-    def linear_scores(self, xq: Tensor, xk: Tensor, xbias: Tensor | None) -> Tensor:
-        """The scores' tangent along xq, xk, xbias: also what reaches ds from dq, dk, dbias, whose transpose it is."""
-        q, xq = self(self.call.q), self(xq)
-        return self.pairs(self.call.scale * (self.scores(xq, self.call.k) + self.scores(q, xk)) + self.of_bias(xbias))
-
-    def backward(self, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """These rows of dout and out, then dp, delta, ds."""
-        g, out = self(dout), self(self.call.out)
-        dp = self.scores(g, self.call.v)
-        delta = (g * out).sum(-1, keepdim=True) - self(dlse)
-        return g, out, dp, delta, self.pairs(self.p * (dp - delta))
+def _jvp(f: Callable, x: tuple, t: tuple) -> Any:
+    """The tangent of f(*x)."""
+    out, pull = vjp(f, *x)
+    return vjp(pull, tree_map(torch.zeros_like, out))[1](t)[0]
 
 
-class Total:
-    """What the blocks give, put together: rows one after the other, what belongs to keys added up."""
+# ---- what a rule gives for all queries
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.by_row: dict[str, list[Tensor]] = {}
-        self.by_key: dict[str, Tensor] = {}
 
-    def rows(self, **blocks: Tensor) -> None:
-        for name, x in blocks.items():
-            self.by_row.setdefault(name, []).append(x)
+def _whole(
+    rule: Rule, tensors: Tensors, options: Options, c: Sequence[Tensor | None], t: Tensors
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """For a whole call. What is like x comes for each of DIFFERENTIABLE and in its dtype."""
+    given = {n: x for n, x in tensors.items() if x is not None}
+    wide = definition.widened(given)
+    q, v = wide["q"], wide["v"]
+    t = {n: _filled(t.get(n), wide[n]) for n in DIFFERENTIABLE if n in wide}
+    out = q.new_zeros(()).expand(*q.shape[:3], v.shape[3])
+    c = [_filled(y, (out, out[..., 0])[n % 2]) for n, y in enumerate(c)]
+    if "q_offsets" not in wide:
+        by_query, by_name = _by_block(rule, wide, c, t, options)
+    elif len(wide["q_offsets"]) > 1:
+        by_query, by_name = _by_sequence(rule, wide, c, t, options)
+    else:  # packed, but no sequences
+        by_query, by_name = [out, out[..., 0]], {n: torch.zeros_like(x) for n, x in t.items()}
+    return by_query, tuple(by_name[n].to(given[n].dtype) if n in by_name else None for n in DIFFERENTIABLE)
 
-    def keys(self, **blocks: Tensor) -> None:
-        for name, x in blocks.items():
-            self.by_key[name] = self.by_key[name] + x if name in self.by_key else x
 
-    def bias(self, x: Tensor) -> None:
-        if self.call.bias is not None:
-            b, h, s, n = self.call.bias.shape
-            self.rows(bias=x.sum_to_size(b, h, x.shape[2], n)) if s > 1 else self.keys(bias=x.sum_to_size(b, h, 1, n))
+def _filled(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x.to(like.dtype)
 
-    def of(self, *names: str) -> Tensors:
-        return tuple(self._of(name) for name in names)
 
-    def _of(self, name: str) -> Tensor | None:
-        if name == "bias" and self.call.bias is None:
-            return None
-        x = torch.cat(self.by_row[name], 2) if name in self.by_row else self.by_key[name]
-        if name == "bias":
-            return x.to(self.call.bias.dtype)
-        if name in ("lse", "dlse"):
-            return x.squeeze(-1)
-        if name in ("k", "v"):
-            x = x.unflatten(1, (self.call.kv_heads, self.call.group)).sum(2)
-        return x.to(self.call.dtype)
+def _by_sequence(rule: Rule, tensors: Tensors, c: list[Tensor], t: dict[str, Tensor], options: Options) -> Results:
+    """For packed sequences, one after the other."""
+
+    def split(*x: Tensor) -> list[dict[str, Tensor]]:
+        return [{n: part[n] for n in t} for part in definition.sequences(tensors | dict(zip(t, x)))]
+
+    _, join = vjp(split, *(tensors[n] for n in t))
+    parts, sizes = definition.sequences(tensors), definition.split_sizes(tensors["q_offsets"], tensors["q"].shape[2])
+    c_parts = zip(*(y.split(sizes, 2)[1:-1] for y in c)) if c else [()] * len(parts)
+    each = enumerate(zip(parts, c_parts, split(*t.values())))
+    results = [_by_block(rule, *part, options, b) for b, part in each]
+    by_query = [definition.joined(tensors, ys, 0.0, *ys[0].shape[3:]) for ys in zip(*(y for y, _ in results))]
+    by_name = [g for _, g in results]
+    return by_query, dict(zip(t, join(by_name))) if all(by_name) else {}
+
+
+def _by_block(
+    rule: Rule, tensors: Tensors, c: Sequence[Tensor], t: Mapping[str, Tensor], options: Options, sequence: int = 0
+) -> Results:
+    """For a call that is not packed, a block of queries after the other."""
+    length, by_query, by_name = tensors["q"].shape[2], [], {}
+    for start in range(0, max(length, 1), BLOCK):
+        stop = min(start + BLOCK, length)
+        block = definition.rows(tensors, start, stop)
+
+        def f(*x: Tensor, block: Tensors = block, start: int = start) -> tuple[Tensor, Tensor]:
+            return definition.attention({**block, **dict(zip(t, x))}, options, start, sequence)
+
+        x, tx = tuple(block[n] for n in t), tuple(definition.rows(t, start, stop).values())
+        rows, grads = rule(f, x, tuple(y.narrow(2, start, stop - start) for y in c), tx)
+        by_query.append(rows)
+        for n, g in zip(t, grads):
+            if definition.by_row(n, tensors[n]):
+                by_name.setdefault(n, []).append(g)
+            else:
+                by_name[n] = by_name[n] + g if n in by_name else g
+    by_name = {n: torch.cat(g, 2) if isinstance(g, list) else g for n, g in by_name.items()}
+    return [torch.cat(ys, 2) for ys in zip(*by_query)], by_name

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from . import _info
-from .masks import BOTTOM_RIGHT, Align, Mask, as_mask
+from .arguments import lower
+from .masks import as_mask
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,31 +35,31 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
-    align: Align = BOTTOM_RIGHT,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Explanation:
-    """Which kernel ``heedful.attention`` runs for these arguments, and why not the others. Nothing is computed.
+def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Explanation:
+    """Which kernel :func:`heedful.attention` runs for these arguments, and why not the others. Nothing is computed.
 
-    The choice depends on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA.
+    The choice depends on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA. The options are those of
+    :func:`heedful.attention`, and are checked as there.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise RuntimeError(f"heedful.explain: {name}: expected 4 dimensions, got {x.dim()}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"heedful.explain: {name}: expected a tensor, got {type(x).__name__}")
+        if x.is_nested or x.dim() != 4:
+            got = "a nested tensor" if x.is_nested else x.dim()
+            raise RuntimeError(f"heedful.explain: {name}: expected 4 dimensions, got {got}")
+    lower(q, k, **options)
     (b, hq, sq, d), (hk, sk), dv = q.shape, k.shape[1:3], v.shape[3]
     dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
     call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, {dtype} on {q.device}"
-    call += "" if mask is None else f", mask {as_mask(mask)!r}"
-    call += "" if bias is None else f", bias {list(bias.shape)}"
+    call += "".join(f", {name} {_show(name, x)}" for name, x in options.items() if x is not None)
     try:
         found = _info.explain(device=device, dtype=dtype, B=b, Hq=hq, Hk=hk, Sq=sq, Sk=sk, D=d, Dv=dv)
     except ValueError as error:  # a dtype that no kernel has
         return Explanation(call, None, None, {}, (f"every kernel: {error}",))
     return Explanation(call, found["kernel"], found["isa"], found["tiles"], tuple(found["reasons"]))
+
+
+def _show(name: str, option: Any) -> str:
+    if name == "mask":
+        return repr(as_mask(option))
+    return str(list(option.shape)) if isinstance(option, Tensor) else str(option)

@@ -1,7 +1,7 @@
-"""The operators, and all that torch wants of them from Python: shapes, gradients, tangents, vmap, autocast.
+"""The operators, and all that torch wants of them from Python: shapes, gradients, tangents, autocast.
 
-``libheedful.so`` defines and computes ``heedful::attention_forward`` and ``heedful::attention_backward``. Here
-:func:`forward` and :func:`backward` call them by the first of these ways that fits:
+``libheedful.so`` defines and computes ``heedful::attention_forward`` and ``heedful::attention_backward``; what their
+arguments mean stands in definition.py. :func:`forward` and :func:`backward` call them by the first way that fits:
 
 - torch.compile, torch.export: as operators, with a registered gradient;
 - forward mode, torch.func: in an autograd.Function with setup_context, jvp and vmap, because a registered gradient is
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import composite, pairs
+from . import composite, pairs, vmap
+from .definition import DIFFERENTIABLE, OPTIONS, TENSORS
+from .vmap import BACKWARD_TENSORS, PARAMETERS
 
 LIBRARY = Path(__file__).with_name("libheedful.so")
 try:
@@ -37,46 +39,41 @@ _forward_op = torch.ops.heedful.attention_forward.default
 _backward_op = torch.ops.heedful.attention_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
+OTHERS = TENSORS[3:]  # than q, k, v
+
 Tensors = tuple[Tensor | None, ...]
 Options = dict[str, Any]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    q_start: int = 0,
-    left: int | None = None,
-    right: int | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, Sq, Dv], lse [B, Hq, Sq]) of q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv]."""
+def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, Sq, Dv], lse [B, Hq, Sq]) of q [B, Hq, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv].
+
+    arguments: any others of the operator, by name.
+    """
     if not (q.is_cpu or q.is_meta):
         raise NotImplementedError(
             f"heedful.attention: q: expected a tensor on the CPU, got one on {q.device}: this build of heedful has "
             "kernels for the CPU alone. heedful.reference.attention runs on any device; heedful.explain says more"
         )
-    tensors = (q, k, v, mask, bias, q_lengths, k_lengths, q_starts)
-    options = {"q_start": q_start, "left": left, "right": right, "scale": scale}
     if torch.compiler.is_compiling():
-        return _forward_op(*tensors, **options)
-    if _transformed():
-        q, k, v, bias = _cast(q, k, v, bias)
-        return _Forward.apply(q, k, v, mask, bias, q_lengths, k_lengths, q_starts, options)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, bias):
-        q, k, v, bias = _cast(q, k, v, bias)
-        return _Recorded.apply(q, k, v, mask, bias, q_lengths, k_lengths, q_starts, options)
+        return _forward_op(q, k, v, **arguments)
+    transformed = _transformed()
+    if transformed or torch.is_grad_enabled():
+        others = [arguments.pop(name, None) for name in OTHERS] if arguments else [None] * len(OTHERS)
+        if transformed or torch._C._any_requires_grad(q, k, v, *others[: len(PARAMETERS)]):
+            tensors = _cast((q, k, v, *others))
+            return (_Forward if transformed else _Recorded).apply(*tensors, arguments)
+        with _below_autograd():
+            return _forward_op(q, k, v, *others, **arguments)
     with _below_autograd():
-        return _forward_op(*tensors, **options)
+        return _forward_op(q, k, v, **arguments)
 
 
 def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
-    """(dq, dk, dv, dbias or None) of dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts."""
+    """(dq, dk, dv, dbias, dscales, dsinks, dslopes, dtable) of the tensors of BACKWARD_TENSORS.
+
+    Of the last five, those that no option asks for are None.
+    """
     if torch.compiler.is_compiling():
         return _backward_op(*tensors, **options)
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
@@ -98,9 +95,6 @@ def _expect(argument: str, expected: Any, got: Any) -> None:
         raise RuntimeError(f"heedful.attention: {argument}: expected {expected}, got {got}")
 
 
-OTHERS = ("mask", "bias", "q_lengths", "k_lengths", "q_starts")
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
     """One device, and what the shapes of the results stand on; the rest is checked where the results are computed."""
     for name, x in others:
@@ -114,7 +108,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, others: Iterable[tuple[str, Tensor |
     _expect("k", [batch, kv_heads, length, dim], list(k.shape))
     _expect("v", [batch, kv_heads, length], list(v.shape[:3]))
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        _expect("q", f"a number of heads that is a multiple of k's {kv_heads}", heads)
+        raise RuntimeError(
+            f"heedful.attention: q: expected a number of heads that is a multiple of k's {kv_heads}, got {heads}"
+        )
 
 
 def _follow(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -132,16 +128,19 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, **opt
 
 
 def _backward_fake(*tensors: Tensor | None, **options: Any) -> Tensors:
-    dout, dlse, q, k, v, out, lse, *others = _all_of(12, tensors)
-    bias = others[1]
-    _check(q, k, v, (("dout", dout), ("dlse", dlse), ("out", out), ("lse", lse), *zip(OTHERS, others)))
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if options.get("bias_grad") else None
-    return _follow(q.shape, q), _follow(k.shape, k), _follow(v.shape, v), dbias
+    given = dict(zip(BACKWARD_TENSORS, tensors))
+    q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
+    _check(q, k, v, given.items())
+    parameters = [
+        torch.empty_like(given[name], memory_format=torch.contiguous_format) if options.get(f"{name}_grad") else None
+        for name in PARAMETERS
+    ]
+    return _follow(q.shape, q), _follow(k.shape, k), _follow(v.shape, v), *parameters
 
 
-def _all_of(count: int, tensors: Tensors) -> Tensors:
+def _all_of(names: Sequence[str], tensors: Tensors) -> Tensors:
     """The tensors of a call, those that the dispatcher leaves out because they have their default included."""
-    return *tensors, *(None for _ in range(count - len(tensors)))
+    return *tensors, *(None for _ in range(len(names) - len(tensors)))
 
 
 # ---- gradients and tangents
@@ -155,33 +154,48 @@ def _save(ctx: FunctionCtx, inputs: Tensors, keyword_only_inputs: Options, outpu
 
 
 def _forward_backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
-    """Gradients of q, k, v, mask, bias, q_lengths, k_lengths, q_starts."""
-    q, k, v, mask, bias, q_lengths, k_lengths, q_starts, out, lse = ctx.saved_tensors
+    """Gradients of the tensors of TENSORS."""
+    *tensors, out, lse = ctx.saved_tensors
+    q, k, v, *others = tensors
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
-    tensors = (dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts)
-    dq, dk, dv, dbias = backward(*tensors, **ctx.options, bias_grad=bias is not None and ctx.needs_input_grad[4])
-    return dq, dk, dv, None, dbias, None, None, None
+    wanted = {
+        f"{name}_grad": True
+        for name, x, needed in zip(PARAMETERS, others, ctx.needs_input_grad[3:])
+        if x is not None and needed
+    }
+    grads = backward(dout, dlse, q, k, v, out, lse, *others, **ctx.options, **wanted)
+    return *grads, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
 
 
 def _backward_backward(ctx: FunctionCtx, *ggrads: Tensor | None) -> Tensors:
-    """Gradients of dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts."""
-    saved, grads = _saved_by_backward(ctx.saved_tensors)
-    ggrads = _materialize(ggrads, (*saved[:3], saved[4]))
-    dout, dlse, *gradients, dbias = composite.backward_backward(saved, ctx.options, grads, ggrads)
-    return dout, None if ctx.saved_tensors[1] is None else dlse, *gradients, None, dbias, None, None, None
+    """Gradients of the tensors of BACKWARD_TENSORS; those of out and lse are part of those of q, k, v and so on."""
+    tensors, options, dout, dlse = _call_of_backward(ctx.saved_tensors, ctx.options)
+    ggrads = _materialize(dict(zip(DIFFERENTIABLE, ggrads)), tensors)
+    gdout, gdlse, gq, gk, gv, *others = composite.backward_backward(tensors, options, dout, dlse, ggrads)
+    if ctx.saved_tensors[1] is None:
+        gdlse = None
+    return gdout, gdlse, gq, gk, gv, None, None, *others, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
 
 
-def _saved_by_backward(saved: Tensors) -> tuple[Tensors, Tensors]:
-    """What the composites want: the forward operator's tensors and results, and (dout, dlse)."""
-    dout, dlse, q, k, v, out, lse, mask, bias, q_lengths, k_lengths, q_starts, *_ = saved
-    grads = _materialize((dout, dlse), (out, lse))
-    return (q, k, v, mask, bias, q_lengths, k_lengths, q_starts, out, lse), grads
+def _call_of_backward(saved: Tensors, options: Options) -> tuple[dict[str, Tensor | None], Options, Tensor, Tensor]:
+    """What the composites want: tensors by name, options with their defaults, dout and dlse."""
+    given = dict(zip(BACKWARD_TENSORS, saved))
+    grads = _materialize(
+        {"dout": given.pop("dout"), "dlse": given.pop("dlse")}, {"dout": given.pop("out"), "dlse": given.pop("lse")}
+    )
+    return given, _with_defaults(options), grads["dout"], grads["dlse"]
 
 
-def _materialize(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> Tensors:
+def _with_defaults(options: Options) -> Options:
+    return {name: options.get(name, default) for name, default in OPTIONS.items()}
+
+
+def _materialize(grads: dict[str, Tensor | None], like: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Zeros for the gradients or tangents that are None, except of tensors that are None."""
-    return tuple(g if g is not None or x is None else torch.zeros_like(x) for g, x in zip(grads, like))
+    return {
+        name: g if g is not None or like[name] is None else torch.zeros_like(like[name]) for name, g in grads.items()
+    }
 
 
 class _Recorded(torch.autograd.Function):
@@ -219,13 +233,13 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     @pairs.tangents
     def jvp(ctx: FunctionCtx, saved: Tensors, *tangents: Any) -> Tensors:
-        q, k, v, _, bias = saved[:5]
-        tangents = _materialize((*tangents[:3], tangents[4]), (q, k, v, bias))
-        return composite.forward_jvp(saved, ctx.options, tangents)
+        tensors = dict(zip(TENSORS, saved))
+        tangents = _materialize(dict(zip(DIFFERENTIABLE, tangents)), tensors)
+        return composite.forward_jvp(tensors, _with_defaults(ctx.options), tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return _forward_vmap(forward, info.batch_size, in_dims[:-1], inputs[:-1], inputs[-1])
+        return vmap.forward(forward_by_position, info.batch_size, in_dims[:-1], inputs[:-1], inputs[-1])
 
 
 class _Backward(torch.autograd.Function):
@@ -246,70 +260,35 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     @pairs.tangents
     def jvp(ctx: FunctionCtx, saved: Tensors, *tangents: Any) -> Tensors:
-        saved, grads = _saved_by_backward(saved)
-        q, k, v, _, bias, *_, out, lse = saved
-        tdout, tdlse, tq, tk, tv, tout, tlse, _, tbias, *_ = tangents
-        tangents = _materialize((tq, tk, tv, tbias, tdout, tdlse, tout, tlse), (q, k, v, bias, *grads, out, lse))
-        tangents = composite.backward_jvp(saved, ctx.options, grads, tangents)
-        return tangents if ctx.options.get("bias_grad") else (*tangents[:3], None)
+        tensors, options, dout, dlse = _call_of_backward(saved, ctx.options)
+        given = dict(zip(BACKWARD_TENSORS, tangents))
+        wanted = {name: given[name] for name in ("dout", "dlse", *DIFFERENTIABLE)}
+        tangents = _materialize(wanted, {**tensors, "dout": dout, "dlse": dlse})
+        results = composite.backward_jvp(tensors, options, dout, dlse, tangents)
+        return *results[:3], *(x if ctx.options.get(f"{n}_grad") else None for n, x in zip(PARAMETERS, results[3:]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return _backward_vmap(backward, info.batch_size, in_dims[:-1], inputs[:-1], inputs[-1])
+        return vmap.backward(backward, info.batch_size, in_dims[:-1], inputs[:-1], inputs[-1])
 
 
-# ---- vmap: one call, the mapped dimension folded into the batch
+def forward_by_position(*tensors: Tensor | None, **options: Any) -> Tensors:
+    """:func:`forward` of the tensors of TENSORS."""
+    return forward(*tensors[:3], **{name: x for name, x in zip(OTHERS, tensors[3:]) if x is not None}, **options)
 
 
-def _fold(x: Tensor | None, dim: int | None, size: int, batch: int, broadcasts: bool) -> Tensor | None:
-    """x [B, ...], mapped along ``dim`` or not at all -> [size * B, ...]. What ``broadcasts`` may stay [1, ...]."""
-    if x is None or (broadcasts and dim is None and x.shape[0] == 1):
-        return x
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+# ---- autocast: q, k, v in the dtype that the user chose; a float32 bias or parameter stays as it is
 
 
-def _fold_all(size: int, dims: Sequence[int | None], tensors: Tensors, q: int, mask: int) -> tuple[int, list]:
-    """The batch size without the mapped dimension, and the tensors folded. q, mask: their places; bias follows mask."""
-    batch = tensors[q].shape[0 if dims[q] is None else int(dims[q] == 0)]
-    return batch, [_fold(x, d, size, batch, i in (mask, mask + 1)) for i, (x, d) in enumerate(zip(tensors, dims))]
-
-
-def _unfold(x: Tensor, size: int, batch: int) -> Tensor:
-    return x.unflatten(0, (size, batch))
-
-
-def _forward_vmap(call: Callable[..., Tensors], size: int, dims: tuple, tensors: Tensors, options: Options) -> tuple:
-    batch, folded = _fold_all(size, dims, tensors, q=0, mask=3)
-    return tuple(_unfold(x, size, batch) for x in call(*folded, **options)), (0, 0)
-
-
-def _backward_vmap(call: Callable[..., Tensors], size: int, dims: tuple, tensors: Tensors, options: Options) -> tuple:
-    batch, folded = _fold_all(size, dims, tensors, q=2, mask=7)
-    bias = folded[8]
-    if bias is not None and options.get("bias_grad"):
-        folded[8] = bias.expand(size * batch, *bias.shape[1:])  # where all share one, each needs a gradient of its own
-    *grads, dbias = call(*folded, **options)
-    grads = [_unfold(x, size, batch) for x in grads]
-    if dbias is None:
-        return (*grads, None), (0, 0, 0, None)
-    dbias = _unfold(dbias, size, batch)
-    rows = tensors[8].shape[0 if dims[8] is None else int(dims[8] == 0)]
-    return (*grads, dbias.sum(1, keepdim=True) if rows == 1 else dbias), (0, 0, 0, 0)
-
-
-# ---- autocast: q, k, v in the dtype that the user chose; a float32 bias stays as it is, being read in place
-
-
-def _cast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
-    """q, k, v, bias as autocast wants them, where it is on."""
-    device_type = "cpu" if q.is_cpu else "cuda"
+def _cast(tensors: Tensors) -> Tensors:
+    """The tensors of TENSORS as autocast wants them, where it is on."""
+    device_type = "cpu" if tensors[0].is_cpu else "cuda"
     if not torch.is_autocast_enabled(device_type):
-        return q, k, v, bias
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = _eligible(bias, dtype)
-    return _eligible(q, dtype), _eligible(k, dtype), _eligible(v, dtype), bias
+    count = len(DIFFERENTIABLE)
+    parameters = (x if x is None or x.dtype is torch.float32 else _eligible(x, dtype) for x in tensors[3:count])
+    return *(_eligible(x, dtype) for x in tensors[:3]), *parameters, *tensors[count:]
 
 
 def _eligible(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -318,10 +297,9 @@ def _eligible(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _autocast_on(device_type: str) -> Callable[..., Tensors]:
     def forward_in_autocast(*tensors: Tensor | None, **options: Any) -> Tensors:
-        q, k, v, mask, bias, *lengths = _all_of(8, tensors)
-        q, k, v, bias = _cast(q, k, v, bias)
+        tensors = _cast(_all_of(TENSORS, tensors))
         with torch.autocast(device_type, enabled=False):
-            return _forward_op(q, k, v, mask, bias, *lengths, **options)
+            return _forward_op(*tensors, **options)
 
     return forward_in_autocast
 
@@ -348,17 +326,24 @@ def _register() -> tuple[torch.library.Library, ...]:
     """Registers all of the above; it lasts as long as what is returned."""
     library, reverse = torch.library.Library("heedful", "IMPL"), _Reverse("heedful", "IMPL")
     rules = (
-        ("heedful::attention_forward", _forward_op, 8, _forward_fake, _forward_backward, _forward_vmap),
-        ("heedful::attention_backward", _backward_op, 12, _backward_fake, _backward_backward, _backward_vmap),
+        ("heedful::attention_forward", _forward_op, TENSORS, _forward_fake, _forward_backward, vmap.forward),
+        (
+            "heedful::attention_backward",
+            _backward_op,
+            BACKWARD_TENSORS,
+            _backward_fake,
+            _backward_backward,
+            vmap.backward,
+        ),
     )
-    for name, op, count, fake, gradient, fold in rules:
+    for name, op, names, fake, gradient, fold in rules:
 
-        def vmap(info: Any, dims: tuple, *tensors: Any, op=op, count=count, fold=fold, **options: Any) -> tuple:
-            return fold(op, info.batch_size, _all_of(count, dims), _all_of(count, tensors), options)
+        def by_vmap(info: Any, dims: tuple, *tensors: Any, op=op, names=names, fold=fold, **options: Any) -> tuple:
+            return fold(op, info.batch_size, _all_of(names, dims), _all_of(names, tensors), options)
 
         torch.library.register_fake(name, fake, lib=library)
         torch.library.register_autograd(name, gradient, setup_context=_save, lib=reverse)
-        torch.library.register_vmap(name, vmap, lib=library)
+        torch.library.register_vmap(name, by_vmap, lib=library)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         library.impl("attention_forward", _autocast_on(device_type), key)
     return library, reverse

@@ -1,59 +1,55 @@
-"""What attention is, in plain PyTorch operations on any device: the oracle for every kernel.
+"""The functions that users call, in plain PyTorch operations on any device: the oracle for every kernel.
 
-    s   = scale * q_i . k_j + bias_ij                   -inf where a mask forbids the pair
-    p   = exp(s - lse),  lse = log(sum_j exp(s))
-    out = sum_j p * v_j
-
-A pair whose score is -inf is absent: it takes no part, forward or backward, whatever its numbers are. A query with
-nothing to attend to gives out = 0, lse = -inf and zero gradients. It takes memory for Sq x Sk scores; it can be
-differentiated any number of times.
+They take memory for all Sq x Sk scores, may be differentiated any number of times, and compute half precision in
+float32. What they compute is written in definition.py.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from .masks import BOTTOM_RIGHT, Align, Mask, allowed, as_mask, at_rank_4
-from .pairs import contract, scores
+from . import definition, varlen
+from .arguments import checked_offsets, lower, straight_through
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
-    align: Align = BOTTOM_RIGHT,
-    scale: float | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`heedful.attention`, with the same arguments and results. Half precision is computed in float32."""
-    (_, q_heads, _, head_dim), kv_heads = q.shape, k.shape[1]
-    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads):
-        raise RuntimeError(f"heedful.attention: q: expected heads a multiple of {kv_heads} (those of k), got {q_heads}")
-    work = torch.promote_types(q.dtype, torch.float32)
-    scale = scale if scale is not None else 1 / math.sqrt(head_dim) if head_dim else 1.0
-    bias = 0.0 if bias is None else at_rank_4(bias, "bias").to(work)
-    group = q_heads // kv_heads if kv_heads else 1
-    queries, keys, values = q.to(work), k.to(work), v.to(work)
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-
-    seen = _seen(mask, q, k, align)
-    with torch.no_grad():  # a score can be -inf by itself, and is by a bias of -inf even where the product is NaN
-        seen = seen & (bias != -torch.inf) & (scale * scores(queries, keys, seen) + bias != -torch.inf)
-    s = torch.where(seen, scale * scores(queries, keys, seen) + bias, -torch.inf)
-    alive = seen.any(-1, keepdim=True)
-    lse = torch.where(alive, s, 0).logsumexp(-1, keepdim=True)
-    out = contract(torch.exp(s - lse), values, seen).to(q.dtype)
-    lse = torch.where(alive, lse, -torch.inf).squeeze(-1)
+    """:func:`heedful.attention`, with the same options, results and errors."""
+    out, lse = _forward(q, k, v, lower(q, k, **options))
     return (out, lse) if return_lse else out
 
 
-def _seen(mask: Mask | Tensor | None, q: Tensor, k: Tensor, align: Align) -> Tensor:
-    rows = torch.arange(q.shape[2], device=q.device)
-    lowered = as_mask(Mask() if mask is None else mask).lower(q.shape[2], k.shape[2], q.shape[0], q, align)
-    return allowed(rows, k.shape[2], *lowered)
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor | Sequence[int],
+    k_offsets: Tensor | Sequence[int] | None = None,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`heedful.varlen_attention`, with the same options, results and errors."""
+    q, k, v = varlen.packed(q), varlen.packed(k), varlen.packed(v)
+    offsets = checked_offsets(q_offsets, k_offsets, q)
+    out, lse = (varlen.unpacked(x) for x in _forward(q, k, v, lower(q, k, **options, offsets=offsets)))
+    return (out, lse) if return_lse else out
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise RuntimeError(f"heedful.attention: q: expected heads a multiple of {kv_heads} (those of k), got {heads}")
+    if arguments.get("normalizer") == "hard-st":
+        return straight_through(_whole, q, k, v, arguments)
+    return _whole(q, k, v, **arguments)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors = {"q": q, "k": k, "v": v} | {n: arguments[n] for n in definition.TENSORS if n in arguments}
+    out, lse = definition.whole(tensors, {n: x for n, x in arguments.items() if n not in tensors})
+    return out.to(q.dtype), lse

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .functional import scaled_dot_product_attention
 from .nn import MultiheadAttention
+from .sdpa import scaled_dot_product_attention
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,16 +23,13 @@ class Swapped:
     replaced: tuple[str, ...]  # now heedful.nn.MultiheadAttention
     left: dict[str, str]  # torch.nn.MultiheadAttention still, and why
     fast_paths: tuple[str, ...]  # torch's layers whose native fast path, which bypasses their modules, is now off
-    dropout: dict[str, float]  # those of `replaced` with dropout: not supported yet, they raise in training
 
     def __repr__(self) -> str:
         def say(name: str, note: str = "") -> str:
             return f"  {name or '(the model itself)'}{note}"
 
         lines = [f"heedful.swap: {len(self.replaced)} torch.nn.MultiheadAttention replaced"]
-        for name in self.replaced:
-            p = self.dropout.get(name)
-            lines.append(say(name, f": dropout {p}, not supported yet: training raises until it is 0" if p else ""))
+        lines += [say(name) for name in self.replaced]
         if self.left:
             lines.append(f"{len(self.left)} left as they are")
             lines += [say(name, f": {reason}") for name, reason in self.left.items()]
@@ -75,7 +72,6 @@ def swap(model: torch.nn.Module) -> Swapped:
         replaced=tuple(replaced),
         left=left,
         fast_paths=tuple(name for name, module in model.named_modules() if _turn_off_fast_path(module)),
-        dropout={name: p for name in replaced if (p := model.get_submodule(name).dropout) > 0},
     )
 
 

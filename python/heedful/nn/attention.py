@@ -30,8 +30,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       `attn_mask` is read instead, as the appended keys are visible to every query. (torch hides them under the hint.)
     - `is_causal=True` without `attn_mask` raises in every mode. (torch's native fast path ignores the hint there.)
     - A boolean mask beside a float mask is no cause for a warning.
-    - Dropout is not supported in the kernel yet: training with `dropout > 0` works with `need_weights=True`, where the
-      weights are dense anyway, and raises with `need_weights=False`.
+    - Dropout in training follows torch.manual_seed, but drops other weights than torch does. (As in torch, the weights
+      that `need_weights=True` returns are those after dropout.)
     - Nested tensors raise.
     """
 
@@ -55,16 +55,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Returns the output [N, L, E] and None, or with `need_weights` the dense weights, differentiable: their mean over
         the heads [N, L, S], or [N, heads, L, S] where `average_attn_weights` is False.
 
-        Errors: those of torch (AssertionError for shapes and dtypes, RuntimeError for the sizes of `attn_mask`), and
-        NotImplementedError for training with dropout where no weights are asked for.
+        Errors: those of torch (AssertionError for shapes and dtypes, RuntimeError for the sizes of `attn_mask`).
         """
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0.0 and not need_weights:
-            raise NotImplementedError(
-                "heedful.nn.MultiheadAttention: dropout: expected 0 in training with need_weights=False, "
-                f"got {dropout}: not supported yet. Set `module.dropout = 0.0`, or use torch.nn.MultiheadAttention."
-            )
 
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value)
@@ -88,11 +82,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weights = _weights(q, k, mask, bias) if need_weights else None
-        if dropout > 0.0:
+        if weights is not None and dropout > 0.0:  # the weights that are returned are those that are used
             weights = F.dropout(weights, dropout)
             out = weights @ v
         else:
-            out = attention(q, k, v, mask=mask, bias=bias, align="top-left")
+            out = attention(q, k, v, mask=mask, bias=bias, align="top-left", dropout_p=dropout)
         out = out.transpose(1, 2).flatten(2)  # [N, L, E]: a view, for the kernel's output has q's layout.
 
         if weights is not None and average_attn_weights:
