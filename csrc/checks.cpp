@@ -181,7 +181,8 @@ void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
   expect_device("tiles", *a.tiles, q);
   int64_t partial = 0;
   if (a.bits) {
-    if (a.bits->dim() != 2 || a.bits->size(1) != kMaskTile) fail("bits", "[partial tiles, 64]", text(shape_of(*a.bits)));
+    if (a.bits->dim() != 2 || a.bits->size(1) != kMaskTile)
+      fail("bits", "[partial tiles, 64]", text(shape_of(*a.bits)));
     partial = a.bits->size(0);
     p.bits = integers("bits", *a.bits, {partial, kMaskTile}, "[partial tiles, 64]", q, call);
   }
@@ -193,6 +194,8 @@ void check_dropout(const Arguments& a, const Tensor& q, Call& call) {
   Problem& p = call.problem;
   if (!(a.dropout_p >= 0 && a.dropout_p <= 1)) fail("dropout_p", "a probability", std::to_string(a.dropout_p));
   p.keep = uint32_t(std::nearbyint((1 - a.dropout_p) * kKeepAll));
+  if (a.dropout_batch < 0) fail("dropout_batch", "0 or more", std::to_string(a.dropout_batch));
+  p.dropout_batch = a.dropout_batch ? a.dropout_batch : std::max<int64_t>(p.B, 1);
   if (a.dropout_p > 0 && !a.seed) fail("seed", "a tensor where dropout_p is above 0", "None");
   if (!a.seed) return;
   const int64_t count = a.seed->numel();

@@ -23,6 +23,7 @@ struct Arguments {
   std::optional<double> scale, softcap;
   const std::string &similarity, &normalizer;
   double dropout_p;
+  int64_t dropout_batch;
 };
 
 // A checked problem, and the tensors that its pointers belong to.

@@ -1,14 +1,14 @@
 // The schema of every operator, and nothing else. What the arguments mean stands in python/heedful/definition.py.
 #include <torch/csrc/stable/library.h>
 
-#define HEEDFUL_TENSORS                                                                                        \
-  "Tensor? bias=None, Tensor? scales=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? table=None, "      \
-  "Tensor? buckets=None, Tensor? mask=None, Tensor? tiles=None, Tensor? bits=None, Tensor? q_lengths=None, "   \
-  "Tensor? k_lengths=None, Tensor? q_starts=None, Tensor? q_offsets=None, Tensor? k_offsets=None, "            \
+#define HEEDFUL_TENSORS                                                                                      \
+  "Tensor? bias=None, Tensor? scales=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? table=None, "    \
+  "Tensor? buckets=None, Tensor? mask=None, Tensor? tiles=None, Tensor? bits=None, Tensor? q_lengths=None, " \
+  "Tensor? k_lengths=None, Tensor? q_starts=None, Tensor? q_offsets=None, Tensor? k_offsets=None, "          \
   "Tensor? seed=None, *, "
-#define HEEDFUL_OPTIONS                                                                                        \
-  "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, "                \
-  "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0"
+#define HEEDFUL_OPTIONS                                                                         \
+  "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, " \
+  "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0, int dropout_batch=0"
 
 STABLE_TORCH_LIBRARY(heedful, library) {
   library.def("attention_forward(Tensor q, Tensor k, Tensor v, " HEEDFUL_TENSORS HEEDFUL_OPTIONS

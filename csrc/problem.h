@@ -65,19 +65,20 @@ struct Problem {
   // Scores.
   Similarity similarity;
   Normalizer normalizer;
-  double softcap;            // 0: none
-  Parameter scales;          // [1 row], instead of scale
-  Parameter sinks;           // [1 row]
-  Parameter slopes;          // [1 row]
-  Parameter table;           // [table_rows]
-  int64_t table_rows;        //
-  const int64_t* buckets;    // [2 max_distance + 1]: the table's row for each distance from -max_distance on
-  int64_t max_distance;      //
-  View bias;                 // [B, Hq, Sq, Sk]
-  DType bias_dtype;          // dtype or f32
-  uint32_t keep;             // dropout's threshold; kKeepAll: no dropout
-  const int64_t* seeds;      // [B or 1]
-  int64_t seeds_stride;      // 0: one for all
+  double softcap;          // 0: none
+  Parameter scales;        // [1 row], instead of scale
+  Parameter sinks;         // [1 row]
+  Parameter slopes;        // [1 row]
+  Parameter table;         // [table_rows]
+  int64_t table_rows;      //
+  const int64_t* buckets;  // [2 max_distance + 1]: the table's row for each distance from -max_distance on
+  int64_t max_distance;    //
+  View bias;               // [B, Hq, Sq, Sk]
+  DType bias_dtype;        // dtype or f32
+  uint32_t keep;           // dropout's threshold; kKeepAll: no dropout
+  const int64_t* seeds;    // [B or 1]
+  int64_t seeds_stride;    // 0: one for all
+  int64_t dropout_batch;   // dropout counts b modulo this: B, or fewer where vmap made one batch of several
 
   // Backward only.
   View dout;  // [B, Hq, Sq, Dv]

@@ -245,6 +245,8 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     for name in ("q_start", "left", "right", "scale", "softcap", "similarity", "normalizer", "dropout_p"):
         if getattr(case, name) != type(case).__dataclass_fields__[name].default:
             options[name] = getattr(case, name)
+    if exact and case.scales is None:
+        options["scale"] = 0.5 if case.scale is None else round(case.scale * 4) / 4
     return Problem(case, q, k, v, dout, dlse, options)
 
 

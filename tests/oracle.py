@@ -31,6 +31,7 @@ from oracle_scores import (
 )
 
 ROUNDED, COMPUTED = 2.0, 16.0
+SMALLEST = 1e-300  # of the weight of a pair that is there: below, it would count as none
 ANYTHING = 1e30  # the magnitude of what two scores that rounding may swap leave open
 PER_HEAD = ("scales", "sinks", "slopes", "table")  # [Hq], the table [N, Hq]; or a batch dimension in front
 
@@ -173,9 +174,10 @@ def _dense(
         if infinite_is_nan:
             lse = lse.where(lse != math.inf, math.nan)
         p = (score - lse[..., None]).exp().where(present, 0)
+    p_size = torch.maximum(p, torch.tensor(SMALLEST, dtype=torch.float64)).where(present, 0)
     kept = torch.ones_like(p) if not dropout_p else dropout_factors(sizes, seed, dropout_p, first_sequence)
-    weight = p * kept
-    out, out_size = combine(weight, vh, present), combine(weight, vh.abs(), present)
+    weight, weight_size = p * kept, p_size * kept
+    out, out_size = combine(weight, vh, present), combine(weight_size, vh.abs(), present)
 
     truth = Truth()
     truth.put("out", out, out_size, spread[..., None] * out_size + combine(loose, vh.abs(), present))
@@ -184,7 +186,7 @@ def _dense(
         return truth
 
     def put_v() -> None:
-        weights = (weight, weight, weight * spread[..., None] + loose)
+        weights = (weight, weight_size, weight_size * spread[..., None] + loose)
         rows = (dout, dout.abs(), dout.abs())
         parts = (combine(w.mT, x, present.mT) for w, x in zip(weights, rows, strict=True))
         truth.put("dv", *(per_kv_head(x, kv_heads) for x in parts))
@@ -201,7 +203,7 @@ def _dense(
     delta = (dout * out).sum(-1) - dlse  # [B, Hq, Sq]
     delta_size = (dout.abs() * out_size).sum(-1) + dlse.abs()
     ds = (p * (kept * (dout @ vh.mT) - delta[..., None])).where(present, 0)
-    ds_size = (p * (kept * (dout.abs() @ vh.abs().mT) + delta_size[..., None])).where(present, 0)
+    ds_size = (p_size * (kept * (dout.abs() @ vh.abs().mT) + delta_size[..., None])).where(present, 0)
     ds_spread = ds_size * (spread * (1 + v.shape[-1] / ALIKE))[..., None]
     of_scores = (ds, ds_size, ds_spread)
     dt = tuple(x.where(present, 0) for x in (ds * slope, ds_size * slope, ds_spread * slope + ds_size * slope_error))

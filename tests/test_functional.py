@@ -16,211 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import heedful
-from heedful import Causal, KeyLengths, QueryLengths, SlidingWindow
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BOOL = torch.bool
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
-
-
-def holes(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.3
-
-
-def assert_close(got: Tensor, want: Tensor) -> None:
-    """Equal up to rounding: for half precision, of the largest values."""
-    if got.dtype in (torch.bfloat16, torch.float16) and got.numel():
-        torch.testing.assert_close(got, want, rtol=0, atol=2 * torch.finfo(got.dtype).eps * want.abs().max().item())
-    else:
-        torch.testing.assert_close(got, want)
-
-
-# ---- scaled_dot_product_attention: name -> shapes of query, key, value; options, a mask by its shape and dtype.
-
-CALLS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "rank 1": ((4,), (4,), (4,), {}),
-    "rank 2": ((3, 4), (5, 4), (5, 6), {}),
-    "rank 2 causal": ((3, 4), (5, 4), (5, 6), {"is_causal": True}),
-    "rank 3": ((2, 3, 4), (2, 5, 4), (2, 5, 6), {}),
-    "rank 3 causal": ((2, 3, 4), (2, 5, 4), (2, 5, 6), {"is_causal": True}),
-    "rank 4": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {}),
-    "rank 4 causal, more keys": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), {"is_causal": True}),
-    "rank 4 causal, fewer keys": ((2, 2, 5, 4), (2, 2, 3, 4), (2, 2, 3, 4), {"is_causal": True}),
-    "rank 5": ((2, 3, 2, 3, 4), (2, 3, 2, 5, 4), (2, 3, 2, 5, 6), {}),
-    "rank 6": ((2, 1, 3, 2, 3, 4), (2, 1, 3, 2, 5, 4), (2, 1, 3, 2, 5, 6), {"is_causal": True}),
-    "ranks 4 3 3": ((2, 2, 3, 4), (2, 5, 4), (2, 5, 6), {}),
-    "ranks 3 4 4": ((2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {}),
-    "ranks 4 4 3": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 5, 6), {}),
-    "ranks 2 4 4": ((3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {}),
-    "ranks 2 2 5": ((3, 4), (5, 4), (2, 3, 2, 5, 6), {}),
-    "batch 1 of query": ((1, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {}),
-    "batch 1 of key": ((2, 2, 3, 4), (1, 2, 5, 4), (2, 2, 5, 6), {}),
-    "batch 1 of value": ((2, 2, 3, 4), (2, 2, 5, 4), (1, 2, 5, 6), {}),
-    "batch 1 of query and key": ((1, 2, 3, 4), (1, 2, 5, 4), (2, 2, 5, 6), {}),
-    "batch of 5 dimensions broadcast": ((2, 1, 2, 3, 4), (1, 3, 2, 5, 4), (2, 3, 1, 5, 6), {}),
-    "one head of key and value": ((2, 4, 3, 4), (2, 1, 5, 4), (2, 1, 5, 6), {}),
-    "one head of query": ((2, 1, 3, 4), (2, 4, 5, 4), (2, 4, 5, 6), {}),
-    "one head of key": ((2, 4, 3, 4), (2, 1, 5, 4), (2, 4, 5, 6), {}),
-    "one head of value": ((2, 4, 3, 4), (2, 4, 5, 4), (2, 1, 5, 6), {}),
-    "heads differ": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {}),
-    "batches differ": ((2, 4, 3, 4), (3, 4, 5, 4), (3, 4, 5, 6), {}),
-    "head dims differ": ((2, 4, 3, 4), (2, 4, 5, 3), (2, 4, 5, 6), {}),
-    "key lengths differ": ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 6, 6), {}),
-    "value length 1": ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 1, 6), {}),
-    "gqa": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {"enable_gqa": True}),
-    "gqa causal": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {"enable_gqa": True, "is_causal": True}),
-    "gqa mask": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), {"enable_gqa": True, "mask": ((2, 4, 3, 5), BOOL)}),
-    "gqa equal heads": ((2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 6), {"enable_gqa": True}),
-    "gqa does not divide": ((2, 4, 3, 4), (2, 3, 5, 4), (2, 3, 5, 6), {"enable_gqa": True}),
-    "gqa fewer heads of query": ((2, 2, 3, 4), (2, 4, 5, 4), (2, 4, 5, 6), {"enable_gqa": True}),
-    "gqa one head of query": ((2, 1, 3, 4), (2, 4, 5, 4), (2, 4, 5, 6), {"enable_gqa": True}),
-    "gqa heads 4 2 4": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 4, 5, 6), {"enable_gqa": True}),
-    "gqa heads 4 4 2": ((2, 4, 3, 4), (2, 4, 5, 4), (2, 2, 5, 6), {"enable_gqa": True}),
-    "gqa heads 4 2 1": ((2, 4, 3, 4), (2, 2, 5, 4), (2, 1, 5, 6), {"enable_gqa": True}),
-    "gqa rank 2": ((3, 4), (5, 4), (5, 6), {"enable_gqa": True}),
-    "gqa rank 3": ((4, 3, 4), (2, 5, 4), (2, 5, 6), {"enable_gqa": True}),
-    "gqa rank 5": ((2, 3, 4, 3, 4), (2, 3, 2, 5, 4), (2, 3, 2, 5, 6), {"enable_gqa": True}),
-    "gqa ranks 4 3 3": ((2, 4, 3, 4), (2, 5, 4), (2, 5, 6), {"enable_gqa": True}),
-    "gqa batch 1": ((2, 4, 3, 4), (1, 2, 5, 4), (1, 2, 5, 6), {"enable_gqa": True}),
-    "scale": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), {"scale": 0.3}),
-    "scale 0": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), {"scale": 0.0}),
-    "scale negative": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), {"scale": -1.0}),
-    "scale int": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), {"scale": 1}),
-    "D 0": ((2, 2, 3, 0), (2, 2, 5, 0), (2, 2, 5, 4), {}),
-    "Dv 0": ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 0), {}),
-    "no keys": ((2, 2, 3, 4), (2, 2, 0, 4), (2, 2, 0, 4), {}),
-    "no queries": ((2, 2, 0, 4), (2, 2, 5, 4), (2, 2, 5, 4), {}),
-    "batch 0": ((0, 2, 3, 4), (0, 2, 5, 4), (0, 2, 5, 4), {}),
-    "batch 0 and 1": ((0, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), {}),
-    "batch 0 of 5 dimensions": ((0, 3, 2, 3, 4), (0, 3, 2, 5, 4), (0, 3, 2, 5, 4), {}),
-    "mask for more batches": ((1, 4, 3, 4), (1, 4, 5, 4), (1, 4, 5, 4), {"mask": ((2, 1, 3, 5), BOOL)}),
-    "mask for more heads": ((2, 1, 3, 4), (2, 1, 5, 4), (2, 1, 5, 4), {"mask": ((2, 4, 3, 5), BOOL)}),
-    "mask for more queries": ((2, 4, 1, 4), (2, 4, 5, 4), (2, 4, 5, 4), {"mask": ((3, 5), BOOL)}),
-    "mask for value's batch": ((1, 4, 3, 4), (1, 4, 5, 4), (2, 4, 5, 4), {"mask": ((2, 4, 3, 5), BOOL)}),
-    "mask for key's batch": ((1, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 4), {"mask": ((2, 4, 3, 5), BOOL)}),
-    "mask of rank 4 for rank 3": ((2, 3, 4), (2, 5, 4), (2, 5, 4), {"mask": ((2, 4, 3, 5), BOOL)}),
-    "mask of rank 3 for rank 3": ((2, 3, 4), (2, 5, 4), (2, 5, 4), {"mask": ((2, 3, 5), BOOL)}),
-    "mask of rank 4 for rank 2": ((3, 4), (5, 4), (5, 4), {"mask": ((2, 1, 3, 5), BOOL)}),
-    "mask of rank 4 and ones for rank 2": ((3, 4), (5, 4), (5, 4), {"mask": ((1, 1, 3, 5), BOOL)}),
-    "mask of rank 5": ((2, 3, 2, 3, 4), (2, 3, 2, 5, 4), (2, 3, 2, 5, 6), {"mask": ((2, 1, 2, 3, 5), BOOL)}),
-    "bias of rank 5": ((2, 3, 2, 3, 4), (2, 3, 2, 5, 4), (2, 3, 2, 5, 6), {"mask": ((3, 1, 3, 5), torch.float32)}),
-} | {
-    f"{'mask' if dtype is BOOL else 'bias'} {list(shape)}": (
-        (2, 4, 3, 4), (2, 4, 5, 4), (2, 4, 5, 4), {"mask": (shape, dtype)},
-    )
-    for dtype in (BOOL, torch.float32)
-    for shape in (
-        (3, 5), (1, 5), (3, 1), (1, 1), (4, 3, 5), (1, 3, 5), (2, 4, 3, 5), (2, 1, 1, 5), (2, 1, 3, 5), (1, 1, 3, 1),
-        (5, 3), (4, 5), (3, 3, 5), (2, 2, 3, 5), (7, 2, 4, 3, 5), (1, 2, 4, 3, 5),
-    )
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_sdpa_is_torchs(name: str) -> None:
-    *shapes, options = CALLS[name]
-    options = dict(options)
-    tensors = [normal(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
-    if "mask" in options:
-        shape, dtype = options.pop("mask")
-        mask = holes(*shape) if dtype is BOOL else normal(*shape, dtype=dtype).requires_grad_()
-        options["attn_mask"] = mask
-        tensors += [] if dtype is BOOL else [mask]
-    try:
-        expected = F.scaled_dot_product_attention(*tensors[:3], **options)
-    except (RuntimeError, IndexError):
-        with pytest.raises(RuntimeError, match=r"^heedful\.\w+: [\w, ]+: expected .*, got "):
-            heedful.scaled_dot_product_attention(*tensors[:3], **options)
-        return
-    out = heedful.scaled_dot_product_attention(*tensors[:3], **options)
-    torch.testing.assert_close(out, expected)
-    dout = normal(*out.shape, seed=9)
-    gradients = (torch.autograd.grad(x, tensors, dout, allow_unused=True) for x in (out, expected))
-    for got, want in zip(*gradients):
-        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
-
-
-@pytest.mark.parametrize("shape", ((), (1,), (5,)), ids=str)
-@pytest.mark.parametrize("dtype", (BOOL, torch.float32), ids=str)
-def test_sdpa_takes_a_mask_of_fewer_than_two_dimensions(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    q, k, v = (normal(2, 2, n, 8, seed=n) for n in (3, 5, 5))
-    mask = holes(*shape) if dtype is BOOL else normal(*shape)  # torch takes it, or not, by the kernel that it chooses
-    expected = F.scaled_dot_product_attention(q, k, v, mask.expand(3, 5))
-    assert_close(heedful.scaled_dot_product_attention(q, k, v, mask), expected)
-
-
-@pytest.mark.parametrize("dtype", (*FLOATS, torch.int32, torch.int64, torch.uint8, torch.complex64), ids=str)
-@pytest.mark.parametrize("of_query", FLOATS, ids=str)
-def test_sdpa_takes_a_mask_of_the_dtypes_that_torch_takes(of_query: torch.dtype, dtype: torch.dtype) -> None:
-    q, k, v = (normal(2, 2, n, 8, dtype=of_query, seed=n) for n in (3, 5, 5))
-    mask = normal(3, 5).to(dtype)
-    try:
-        expected = F.scaled_dot_product_attention(q, k, v, mask)
-    except RuntimeError:
-        with pytest.raises(RuntimeError, match="attn_mask: expected bool, torch.float32 or query's torch.* got torch"):
-            heedful.scaled_dot_product_attention(q, k, v, mask)
-        return
-    assert_close(heedful.scaled_dot_product_attention(q, k, v, mask), expected)
-
-
-@pytest.mark.parametrize("dtype", (torch.int32, torch.complex64, torch.float8_e4m3fn), ids=str)
-def test_sdpa_refuses_the_dtypes_that_torch_refuses(dtype: torch.dtype) -> None:
-    q = normal(2, 2, 3, 8).to(dtype)
-    with pytest.raises(RuntimeError):
-        F.scaled_dot_product_attention(q, q, q)
-    with pytest.raises(RuntimeError, match="q: expected float32, float64, bfloat16 or float16, got"):
-        heedful.scaled_dot_product_attention(q, q, q)
-
-
-def test_sdpa_refuses_mixed_dtypes_devices_and_types() -> None:
-    q = normal(2, 2, 3, 8)
-    with pytest.raises(RuntimeError, match="v: expected float32, as q, got float16"):
-        heedful.scaled_dot_product_attention(q, q, q.half())
-    with pytest.raises(TypeError, match="value: expected a tensor, got list"):
-        heedful.scaled_dot_product_attention(q, q, [1.0])
-    with pytest.raises(TypeError, match="attn_mask: expected a tensor or None, got bool"):
-        heedful.scaled_dot_product_attention(q, q, q, True)
-    for tensors in ((q, q, q.to("meta")), (q, q.to("meta"), q), (q.to("meta"), q, q)):
-        with pytest.raises(RuntimeError, match="expected .*, got "):
-            heedful.scaled_dot_product_attention(*tensors)
-
-
-def test_sdpa_without_heads() -> None:
-    q, k = (
-        normal(2, 0, 3, 4).requires_grad_(),
-        normal(2, 0, 5, 4),
-    )  # torch 2.10 divides by the number of heads, and dies
-    out = heedful.scaled_dot_product_attention(q, k, k, is_causal=True)
-    assert out.shape == (2, 0, 3, 4)
-    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
-    with pytest.raises(RuntimeError, match="key, value: expected heads that divide those of query, 4, got"):
-        heedful.scaled_dot_product_attention(normal(2, 4, 3, 4), k, k, enable_gqa=True)
-
-
-def test_sdpa_causal_with_a_mask_is_an_error() -> None:
-    q, mask = normal(2, 2, 3, 8), holes(3, 3)  # torch 2.10 lets it pass on the CPU where its fused kernel runs
-    with pytest.raises(RuntimeError, match="attn_mask: expected None where is_causal is set, got a tensor"):
-        heedful.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
-
-
-@pytest.mark.parametrize("p", (0.5, 1.0, -0.1, 2.0))
-def test_sdpa_has_no_dropout_yet(p: float) -> None:
-    q = normal(2, 2, 3, 8)
-    with pytest.raises(NotImplementedError, match="dropout is not supported yet; torch.nn.functional"):
-        heedful.scaled_dot_product_attention(q, q, q, dropout_p=p)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_sdpa_positional_arguments_are_torchs(dtype: torch.dtype) -> None:
-    q, k = normal(2, 4, 3, 8, dtype=dtype), normal(2, 2, 5, 8, dtype=dtype)
-    arguments = (q, k, k, None, 0.0, True)
-    options = {"scale": 0.5, "enable_gqa": True}
-    expected = F.scaled_dot_product_attention(*arguments, **options)
-    assert_close(heedful.scaled_dot_product_attention(*arguments, **options), expected)
-
+from functions import BOOL, FLOATS, assert_close, holes, normal
+from heedful import (
+    ALiBi,
+    Causal,
+    Gaussian,
+    Global,
+    KeyLengths,
+    PrefixLM,
+    QueryLengths,
+    RelativeBias,
+    SlidingWindow,
+    ops,
+)
 
 # ---- attention and its reference
 
@@ -379,19 +187,311 @@ def test_wrong_arguments(change: dict[str, Any], text: str) -> None:
     assert text in str(error.value)
 
 
-def test_options_that_are_not_there_yet_are_not_taken() -> None:
+# ---- every option: against the reference, and against what it says
+
+
+def heads(*shape: int, positive: bool = False) -> Tensor:
+    """A parameter that needs a gradient."""
+    x = normal(*shape, dtype=torch.float64, seed=5)
+    return (x.abs() + 0.5 if positive else x).requires_grad_()
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 0.7},
+    "sinks": {"sinks": heads(HQ), "mask": KeyLengths([3, 0])},
+    "sinks by sequence": {"sinks": heads(B, HQ), "mask": Causal()},
+    "scales": {"scale": heads(HQ)},
+    "scales by sequence": {"scale": heads(B, HQ), "softcap": 2.0},
+    "cosine": {"similarity": "cosine", "scale": 4.0},
+    "cosine, scales": {"similarity": "cosine", "scale": heads(HQ)},
+    "gaussian": {"similarity": Gaussian(1.5)},
+    "gaussian, scale": {"similarity": Gaussian(1.5), "scale": 2.0, "mask": Causal()},
+    "gaussian, scales": {"similarity": Gaussian(1.5), "scale": heads(B, HQ)},
+    "gaussian by head": {"similarity": Gaussian(heads(HQ, positive=True))},
+    "gaussian by sequence, scales": {"similarity": Gaussian(heads(B, HQ, positive=True)), "scale": heads(HQ)},
+    "alibi": {"bias": ALiBi(heads(HQ)), "mask": Causal()},
+    "alibi, top-left": {"bias": ALiBi(heads(B, HQ)), "align": "top-left"},
+    "relative": {"bias": RelativeBias(heads(8, HQ), max_distance=5)},
+    "relative by sequence": {"bias": RelativeBias(heads(B, 8, HQ), bidirectional=False), "align": torch.tensor([3, 0])},
+    "all biases": {"bias": ALiBi(heads(HQ)) + RelativeBias(heads(8, HQ)) + heads(SQ, SK), "align": 1},
+    "prefix": {"mask": PrefixLM([2, 5])},
+    "global or near": {"mask": Global(1) | SlidingWindow(1, 0) | holes(SQ, SK)},
+    "dropout": {"dropout_p": 0.4, "seed": 7, "mask": Causal()},
+    "dropout by sequence": {"dropout_p": 0.4, "seed": torch.tensor([7, -3]), "sinks": heads(HQ)},
+    "hard": {"normalizer": "hard", "sinks": heads(HQ)},
+    "hard, dropout": {"normalizer": "hard", "dropout_p": 0.5, "seed": 1, "mask": KeyLengths([4, 0])},
+    "hard-st": {"normalizer": "hard-st", "sinks": heads(HQ), "bias": heads(SQ, SK), "mask": Causal()},
+    "hard-st, dead rows": {"normalizer": "hard-st", "mask": KeyLengths([4, 0]), "dropout_p": 0.5, "seed": 1},
+    "all": {
+        "mask": Causal() & KeyLengths(5),
+        "bias": ALiBi(heads(HQ)) + heads(HQ, 1, SK),
+        "softcap": 2.0,
+        "sinks": heads(HQ),
+        "scale": heads(B, HQ),
+        "similarity": "cosine",
+        "dropout_p": 0.3,
+        "seed": 2**63 - 1,
+    },
+}
+
+
+def leaves(*values: Any) -> list[Tensor]:
+    """Every tensor among the options that needs a gradient."""
+    found = []
+    for x in values:
+        parts = [x] if isinstance(x, Tensor) else vars(x).values() if hasattr(x, "__dict__") else []
+        found += [y for y in parts if isinstance(y, Tensor) and y.requires_grad]
+    return found
+
+
+def qkv(queries: int = SQ, keys: int = SK) -> list[Tensor]:
+    shapes = ((B, HQ, queries, 8), (B, HK, keys, 8), (B, HK, keys, 5))
+    return [normal(*shape, dtype=torch.float64, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
+
+
+def results(function: Any, tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """out, lse, and the gradients of both in q, k, v and the options."""
+    out, lse = function(*tensors, **options, return_lse=True)
+    grads = (normal(*out.shape, dtype=out.dtype, seed=8), normal(*lse.shape, dtype=lse.dtype, seed=9))
+    wanted = tensors + leaves(*options.values())
+    given = [(x, g) for x, g in zip((out, lse), grads) if x.requires_grad]  # the lse of "hard" need not
+    found = torch.autograd.grad([x for x, _ in given], wanted, [g for _, g in given], allow_unused=True)
+    return [out, lse, *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found))]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_option_is_as_in_the_reference(name: str) -> None:
+    tensors, options = qkv(), FEATURES[name]
+    assert len(results(heedful.attention, tensors, options)) == 5 + len(leaves(*options.values()))
+    for got, want in zip(*(results(f, tensors, options) for f in (heedful.attention, heedful.reference.attention))):
+        assert got.isfinite().all() or torch.equal(got.isfinite(), want.isfinite())
+        torch.testing.assert_close(got, want)
+
+
+def plainly(scores: Tensor, v: Tensor) -> Tensor:
+    return scores.softmax(-1) @ v.repeat_interleave(HQ // HK, 1)
+
+
+def test_options_mean_what_they_say() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    keys = k.repeat_interleave(HQ // HK, 1)
+    dot, scale, by_head = q @ keys.mT, heads(HQ).detach(), heads(B, HQ, positive=True).detach()
+    distances = (q[:, :, :, None] - keys[:, :, None]).square().sum(-1)
+    position = torch.arange(SQ)[:, None] + SK - SQ
+    cases = {
+        "softcap": ({"softcap": 0.7}, 0.7 * (dot / math.sqrt(8) / 0.7).tanh()),
+        "scale": ({"scale": scale}, scale[:, None, None] * dot),
+        "cosine": ({"similarity": "cosine"}, F.cosine_similarity(q[:, :, :, None], keys[:, :, None], dim=-1)),
+        "gaussian": ({"similarity": Gaussian(1.5)}, -distances / 4.5),
+        "scale, gaussian": (
+            {"similarity": Gaussian(by_head), "scale": scale},
+            -(scale[:, None, None] * distances) / (2 * by_head.square())[..., None, None],
+        ),
+        "alibi": (
+            {"bias": ALiBi(scale), "scale": 1.0},
+            dot - scale[:, None, None] * (torch.arange(SK) - position).abs(),
+        ),
+    }
+    for options, scores in cases.values():
+        torch.testing.assert_close(heedful.attention(q, k, v, **options), plainly(scores, v))
+
+
+def test_a_sink_is_a_key_of_no_value() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    sinks = heads(HQ).detach()
+    scores = q @ k.repeat_interleave(2, 1).mT
+    with_sink = torch.cat((scores, sinks[:, None, None].expand(B, HQ, SQ, 1)), -1)
+    out, lse = heedful.attention(q, k, v, sinks=sinks, scale=1.0, return_lse=True)
+    torch.testing.assert_close(lse, with_sink.logsumexp(-1))
+    torch.testing.assert_close(out, with_sink.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_half_precision_bandwidth_is_squared_in_float32(dtype: torch.dtype) -> None:
+    q, k, v = (x.detach().to(dtype) for x in qkv())
+    bandwidth = torch.full((HQ,), 1 / 3, dtype=dtype).requires_grad_()
+    out = heedful.attention(q, k, v, similarity=Gaussian(bandwidth))
+    assert_close(out, heedful.attention(q, k, v, similarity=Gaussian(bandwidth[0].item())))
+    assert torch.autograd.grad(out.float().sum(), bandwidth)[0].dtype is dtype
+
+
+# ---- dropout
+
+
+def test_dropout_follows_torch_manual_seed() -> None:
+    q, k, v = (x.detach() for x in qkv(40, 50))
+    torch.manual_seed(3)
+    first, second = (heedful.attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(heedful.attention(q, k, v, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+    before = torch.get_rng_state()
+    heedful.attention(q, k, v, mask=Causal())
+    heedful.attention(q, k, v, dropout_p=0.5, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_keeps_the_expected_share_and_value() -> None:
+    q = torch.zeros(1, 4, 256, 8)
+    eye = torch.eye(256).expand(1, 4, 256, 256)  # so that the result is the weights
+    weights = heedful.attention(q, q, eye, dropout_p=0.25, seed=11) * 256
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 4 / 3))
+    assert abs(kept.double().mean() - 0.75) < 5 * math.sqrt(0.75 * 0.25 / kept.numel())
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert not torch.equal(kept, heedful.attention(q, q, eye, dropout_p=0.25, seed=12) != 0)
+
+
+def test_dropout_of_everything_and_of_nothing() -> None:
+    q, k, v = qkv()
+    out, lse = heedful.attention(q, k, v, dropout_p=1.0, return_lse=True)
+    assert (out == 0).all() and torch.equal(lse, heedful.attention(q, k, v, return_lse=True)[1])
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    assert torch.equal(heedful.attention(q, k, v, dropout_p=0, seed=1), heedful.attention(q, k, v))
+
+
+@pytest.mark.parametrize("seed", (torch.tensor(-5), torch.tensor([-5]), torch.tensor([-5, -5])), ids=str)
+def test_a_seed_may_be_a_tensor(seed: Tensor) -> None:
+    q, k, v = qkv()
+    want = heedful.attention(q, k, v, dropout_p=0.5, seed=-5)
+    assert torch.equal(heedful.attention(q, k, v, dropout_p=0.5, seed=seed), want)
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_compiled_dropout_follows_torch_manual_seed(dynamic: bool) -> None:
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return heedful.attention(q, k, v, dropout_p=0.5, softcap=2.0, mask=Causal())
+
+    q, k, v = qkv()
+    torch.manual_seed(3)
+    first, second = compiled(q, k, v), compiled(q, k, v)
+    torch.manual_seed(3)
+    assert torch.equal(compiled(q, k, v), first) and not torch.equal(first, second)
+
+
+# ---- hard-st
+
+
+def test_hard_st_has_the_values_of_hard_and_the_gradients_of_softmax() -> None:
+    tensors, options = qkv(), {"bias": heads(SQ, SK), "sinks": heads(HQ), "mask": Causal() & KeyLengths([5, 1])}
+    both = {n: results(heedful.attention, tensors, options | {"normalizer": n}) for n in ("hard", "softmax", "hard-st")}
+    names = ("out", "lse", "q", "k", "v", "bias", "sinks")
+    for name, hard, soft, got in zip(names, *both.values()):
+        assert torch.equal(got, hard if name in ("out", "lse", "v") else soft), name
+        assert not torch.equal(hard, soft), name
+
+
+def test_hard_st_with_numbers_that_are_not_finite() -> None:
+    q, k, v = qkv()
+    with torch.no_grad():
+        k[:, :, 0] = math.nan
+        v[:, :, 1] = math.inf
+    mask = torch.ones(SQ, SK, dtype=BOOL)
+    mask[1:, :2] = mask[3] = False  # the first query alone sees them, the last one sees nothing
+    found = {n: results(heedful.attention, [q, k, v], {"mask": mask, "normalizer": n}) for n in ("hard", "hard-st")}
+    for hard, got in zip(found["hard"][:2], found["hard-st"][:2]):
+        torch.testing.assert_close(got, hard, rtol=0, atol=0, equal_nan=True)
+    dq = found["hard-st"][2]
+    assert dq[:, :, 1:].isfinite().all() and (dq[:, :, 3] == 0).all() and (dq[:, :, 1] != 0).all()
+
+
+def test_hard_st_computes_softmax_only_for_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [], ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *x, **options: calls.append(options) or forward(*x, **options))
+    q, k, v = qkv()
+    heedful.attention(q.detach(), k.detach(), v, normalizer="hard-st")
+    with torch.no_grad():
+        heedful.attention(q, k, v, normalizer="hard-st")
+    assert [c["normalizer"] for c in calls] == ["hard", "hard"]
+    heedful.attention(q, k, v, normalizer="hard-st")
+    assert [c["normalizer"] for c in calls[2:]] == ["hard", "softmax"]
+
+
+def test_hard_st_in_every_mode() -> None:
+    q, k, v = (x.detach() for x in qkv())
+
+    def total(normalizer: str) -> Any:
+        return lambda q: heedful.attention(q, k, v, normalizer=normalizer, mask=Causal()).sum()
+
+    want = torch.func.grad(total("softmax"))(q)
+    torch.testing.assert_close(torch.func.grad(total("hard-st"))(q), want)
+    torch.testing.assert_close(torch.func.jvp(total("hard-st"), (q,), (q,))[1], (want * q).sum())
+    compiled = torch.compile(total("hard-st"), fullgraph=True, backend="aot_eager")
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], want)
+    torch.testing.assert_close(compiled(leaf), total("hard")(q))
+
+
+# ---- errors of options
+
+WRONG_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap: expected a finite number above 0 or None, got 0.0"),
+    "softcap nan": ({"softcap": math.nan}, ValueError, "softcap: expected a finite number above 0 or None, got nan"),
+    "softcap bool": ({"softcap": True}, TypeError, "softcap: expected a number above 0 or None, got True"),
+    "sinks number": ({"sinks": 1.0}, TypeError, "sinks: expected a tensor [4] or [2, 4], got float"),
+    "sinks dtype": ({"sinks": torch.ones(4).int()}, TypeError, "sinks: expected a tensor [4] or [2, 4] of floating"),
+    "sinks shape": ({"sinks": torch.ones(2)}, RuntimeError, "sinks: expected a tensor [4] or [2, 4], got [2]"),
+    "scale word": ({"scale": "1"}, TypeError, "scale: expected a number or a tensor [Hq] or [B, Hq], got '1'"),
+    "scale shape": ({"scale": torch.ones(())}, RuntimeError, "scale: expected a tensor [4] or [2, 4], got []"),
+    "scale inf": ({"scale": math.inf}, RuntimeError, "scale: expected a finite number"),
+    "dropout nan": ({"dropout_p": math.nan}, ValueError, "dropout_p: expected a number from 0 to 1, got nan"),
+    "dropout word": ({"dropout_p": "0"}, TypeError, "dropout_p: expected a number from 0 to 1, got '0'"),
+    "dropout bool": ({"dropout_p": True}, TypeError, "dropout_p: expected a number from 0 to 1, got True"),
+    "seed float": ({"dropout_p": 0.1, "seed": 1.0}, TypeError, "seed: expected an int or an int64 tensor [1] or [B]"),
+    "seed large": ({"dropout_p": 0.1, "seed": 2**63}, ValueError, "seed: expected an int of 64 bits, got 9223372036"),
+    "seed dtype": (
+        {"dropout_p": 0.1, "seed": torch.zeros(1).int()},
+        TypeError,
+        "seed: expected an int or a torch.int64 tensor [1] or [2], got a tensor of torch.int32 [1]",
+    ),
+    "seed shape": (
+        {"dropout_p": 0.1, "seed": torch.zeros(4).long()},
+        TypeError,
+        "seed: expected an int or a torch.int64 tensor [1] or [2], got a tensor of torch.int64 [4]",
+    ),
+    "similarity": ({"similarity": "gaussian"}, ValueError, "similarity: expected 'dot', 'cosine' or heedful.Gaussian("),
+    "bandwidth": ({"similarity": Gaussian(torch.ones(3))}, RuntimeError, "bandwidth: expected a tensor [4] or [2, 4]"),
+    "normalizer": ({"normalizer": None}, ValueError, "normalizer: expected 'softmax' or 'hard' or 'hard-st', got None"),
+    "bias": ({"bias": 1.0}, TypeError, "bias: expected a tensor or a heedful bias, got float"),
+    "mask": ({"mask": "causal"}, TypeError, "mask: expected a bool tensor or a heedful mask, got str"),
+    "align": ({"align": "left"}, ValueError, 'align: expected "top-left", "bottom-right", an int or an int tensor'),
+    "align, mask": ({"align": True, "mask": Causal()}, TypeError, 'align: expected "top-left", "bottom-right", an int'),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_wrong_options(name: str) -> None:
+    options, kind, text = WRONG_OPTIONS[name]
+    q, k, v = qkv()
+    functions = [heedful.attention, heedful.reference.attention, heedful.explain]
+    for function in functions if name != "scale inf" else functions[:1]:
+        with pytest.raises(kind) as error:
+            function(q, k, v, **options)
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "kind", "text"),
+    [
+        (0.0, ValueError, "expected a finite number above 0, got 0.0"),
+        (math.inf, ValueError, "expected a finite number above 0, got inf"),
+        (math.nan, ValueError, "expected a finite number above 0, got nan"),
+        ("1", TypeError, "expected a number or a tensor [Hq], got str"),
+        (True, TypeError, "expected a number or a tensor [Hq], got bool"),
+    ],
+)
+def test_wrong_bandwidths(bandwidth: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as error:
+        Gaussian(bandwidth)
+    assert f"heedful.Gaussian: bandwidth: {text}" in str(error.value)
+
+
+def test_unknown_options_are_not_taken() -> None:
     q = normal(1, 1, 2, 4)
-    for option in ("softcap", "sinks", "dropout_p", "seed", "similarity", "normalizer"):
-        with pytest.raises(TypeError, match="unexpected keyword argument"):
-            heedful.attention(q, q, q, **{option: 1})
-
-
-@pytest.mark.parametrize("layout", (torch.jagged, torch.strided), ids=str)
-def test_nested_tensors_are_refused(layout: torch.layout) -> None:
-    nested = torch.nested.nested_tensor([normal(2, 4, 8), normal(3, 4, 8)], layout=layout).transpose(1, 2)
-    for function in (heedful.attention, heedful.scaled_dot_product_attention):
-        with pytest.raises(NotImplementedError, match="expected a dense tensor, got a nested one; pad it .*KeyLengths"):
-            function(nested, nested, nested)
+    for function in (heedful.attention, heedful.reference.attention, heedful.explain):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'is_causal'"):
+            function(q, q, q, is_causal=True)
 
 
 def test_a_device_without_kernels_is_refused() -> None:
@@ -429,6 +529,17 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.kernel == "cpu/baseline"
 
 
+def test_explain_takes_the_options_of_attention() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    for name, options in FEATURES.items():
+        assert heedful.explain(q, k, v, **options, return_lse=True).kernel, name
+    options = {"bias": ALiBi(torch.ones(HQ)), "sinks": torch.ones(HQ), "similarity": Gaussian(2.0), "softcap": 3.0}
+    text = repr(heedful.explain(q, k, v, **options, scale=None))
+    for part in ("bias ALiBi([4])", "sinks [4]", "similarity Gaussian(2.0)", "softcap 3.0"):
+        assert part in text
+    assert "scale" not in text
+
+
 def test_explain_says_why_not() -> None:
     q = normal(2, 4, 3, 8)
     for found in (heedful.explain(*[q.to("meta")] * 3), heedful.explain(*[q.int()] * 3)):
@@ -455,4 +566,7 @@ def test_a_missing_library_is_explained(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert all(hasattr(heedful, name) for name in heedful.__all__)
-    assert set(heedful.__all__) >= {"attention", "scaled_dot_product_attention", "reference", "explain", "nn", "swap"}
+    assert heedful.__all__ == sorted(heedful.__all__)
+    functions = {"attention", "varlen_attention", "scaled_dot_product_attention", "merge_states", "attention_weights"}
+    objects = {"Gaussian", "ALiBi", "RelativeBias", "Bias", "Mask", "BlockMask", "Documents", "PrefixLM", "Strided"}
+    assert set(heedful.__all__) >= functions | objects | {"explain", "nn", "patched", "reference", "swap"}

@@ -280,8 +280,6 @@ def test_nothing_comes_through_padding_not_even_nan(bool_padding):
 def test_dropout_in_training():
     theirs, ours = pair(E, H, dropout=0.5)
     x = rand(L, N, E)
-    with pytest.raises(NotImplementedError, match=r"MultiheadAttention: dropout: expected 0 .* got 0\.5"):
-        ours(x, x, x, need_weights=False)
     both = []
     for m in (theirs, ours):
         torch.manual_seed(5)
@@ -291,6 +289,27 @@ def test_dropout_in_training():
     theirs.eval(), ours.eval()
     for weights in WEIGHTS.values():
         torch.testing.assert_close(ours(x, x, x, **weights), theirs(x, x, x, **weights), rtol=1e-9, atol=1e-10)
+
+
+def test_dropout_without_weights():
+    """In the kernel: each weight is dropped, or doubled, as torch's generator says."""
+    _, m = pair(E, H, dropout=0.5, bias=False)
+    x = rand(L, N, E)
+    weights = m.eval()(x, x, x, average_attn_weights=False)[1]
+    outputs = []
+    for seed in (5, 6, 5):
+        torch.manual_seed(seed)
+        outputs.append(m.train()(x, x, x, need_weights=False)[0])
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+    assert torch.autograd.grad(outputs[0].sum(), m.in_proj_weight)[0].any()
+
+    torch.manual_seed(5)  # of queries that attend to all keys alike, with values that tell these apart
+    zeros, eye = x.new_zeros(N, H, L, 1), torch.eye(L, dtype=x.dtype).expand(N, H, L, L)
+    factors = L * heedful.attention(zeros, zeros, eye, dropout_p=0.5)
+    torch.testing.assert_close(factors.unique(), torch.tensor([0.0, 2.0], dtype=x.dtype))
+    v = nn.functional.linear(x, m.in_proj_weight[-E:]).view(L, N, H, E // H).permute(1, 2, 0, 3)
+    out = ((weights * factors) @ v).permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(outputs[0], m.out_proj(out), rtol=1e-9, atol=1e-10)
 
 
 # Memory.

@@ -185,7 +185,7 @@ def test_what_is_left_alone_is_said():
     replaced_forward.forward = lambda *args: args
     model = nn.ModuleDict(
         {
-            "plain": nn.MultiheadAttention(E, H, dropout=0.25),
+            "plain": nn.MultiheadAttention(E, H),
             "subclass": Louder(E, H),
             "parametrized": parametrized,
             "replaced": replaced_forward,
@@ -195,11 +195,10 @@ def test_what_is_left_alone_is_said():
     classes = {name: type(m) for name, m in model.items()}
     report = heedful.swap(model)
     assert report.replaced == ("plain",)
-    assert report.dropout == {"plain": 0.25}
     assert report.left.keys() == {"subclass", "parametrized", "replaced"}
     assert {name for name, m in model.items() if type(m) is not classes[name]} == {"plain"}
     said = repr(report)
-    assert "1 torch.nn.MultiheadAttention replaced" in said and "plain: dropout 0.25" in said
+    assert "1 torch.nn.MultiheadAttention replaced" in said and "  plain\n" in said
     assert "subclass: Louder is a subclass" in said
     assert "parametrized: ParametrizedMultiheadAttention is a subclass" in said
     assert "replaced: its forward was replaced" in said
@@ -368,9 +367,36 @@ def test_patched_leaves_other_threads_alone():
     assert counts == {"inside": 1, "outside": 0}
 
 
+def test_dropout_in_training():
+    """A swapped model and a patched one drop weights by torch's generator, and are exact again in eval."""
+    model = nn.TransformerEncoderLayer(**{**OPTIONS, "dropout": 0.5})
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # what is left is attention's own
+    swapped, x = copy.deepcopy(model), rand(N, L, E)
+    heedful.swap(swapped)
+
+    def patched(x):
+        with heedful.patched():
+            return model(x)
+
+    for run in (swapped, patched):
+        swapped.train(), model.train()
+        outputs = []
+        for seed in (1, 2, 1):
+            torch.manual_seed(seed)
+            outputs.append(run(x))
+        assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+        swapped.eval(), model.eval()
+        torch.testing.assert_close(run(x), model(x))
+
+
 def test_patched_does_not_fall_back():
-    with heedful.patched(), pytest.raises(Exception, match="dropout"):
-        F.scaled_dot_product_attention(*qkv(), dropout_p=0.5)
+    with (
+        heedful.patched(),
+        pytest.raises(RuntimeError, match="heedful.*expected float32, float64, bfloat16 or float16"),
+    ):
+        F.scaled_dot_product_attention(*(x.to(torch.float8_e4m3fn) for x in qkv()))
 
 
 @pytest.mark.parametrize("device", [False, True], ids=["", "under a default device"])

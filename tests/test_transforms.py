@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import heedful
 from heedful import Causal, KeyLengths, Mask, QueryLengths, SlidingWindow, composite
+from heedful.vmap import PARAMETERS
 
 FORWARD = torch.ops.heedful.attention_forward.default
 BACKWARD = torch.ops.heedful.attention_backward.default
@@ -43,20 +46,45 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias [Hq, Sq, 1]": {"bias": normal(HQ, SQ, 1)},
     "bias, causal": {"bias": normal(B, 1, 1, SK), "mask": Causal()},
     "bias [B, Hq, Sq, Sk]": {"bias": normal(B, HQ, SQ, SK), "mask": HOLES},
+    "softcap, scale": {"softcap": 1.5, "scale": normal(HQ), "mask": Causal()},
+    "sinks": {"sinks": normal(B, HQ), "mask": Causal() & KeyLengths([3, 0])},
+    "ALiBi": {"slopes": normal(HQ).abs(), "align": torch.tensor([1, 0])},
+    "relative bias": {"table": normal(8, HQ), "mask": Causal() | heedful.Global(1)},
+    "cosine": {"similarity": "cosine", "scale": normal(B, HQ) + 5},
+    "Gaussian": {"bandwidth": normal(HQ).abs() + 1, "softcap": 3.0},
+    "dropout": {"dropout_p": 0.3, "seed": 7, "bias": normal(HQ, 1, SK)},
+    "hard": {"normalizer": "hard", "sinks": normal(HQ) - 1, "mask": Causal()},
+    "everything": {
+        **{"bias": normal(HQ, SQ, 1), "scale": normal(HQ), "sinks": normal(HQ), "slopes": normal(B, HQ)},
+        **{"table": normal(8, HQ), "softcap": 2.0, "similarity": "cosine", "dropout_p": 0.2, "seed": 11},
+        "mask": Causal() & QueryLengths([4, 2]) & (heedful.Global(1) | HOLES),
+    },
 }
+FEW = ("plain", "dead rows")  # to check every number of; of the others a random direction
+NAMED = ("bias", "scale", "sinks", "slopes", "table", "bandwidth")
 
 
 def call(function: Callable, options: dict[str, Any]) -> tuple[Callable, list[Tensor]]:
-    """The function of q, k, v and the bias, giving out and lse (0 where -inf, for finite differences), and the bias."""
-    options = dict(options)
-    bias = [options.pop("bias")] if "bias" in options else []
+    """The function of q, k, v and parameters, giving out and lse (0 where -inf, for finite differences); parameters."""
+    names = [name for name in NAMED if isinstance(options.get(name), Tensor)] or ["bias"]
+    rest = {name: x for name, x in options.items() if name not in names}
 
-    def f(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
-        given = {"bias": bias[0]} if bias else {}
-        out, lse = function(q, k, v, **given, **options, return_lse=True)
-        return out, torch.where(lse == -math.inf, 0, lse)
+    def f(q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, parameters))
+        biases = [given.pop("bias")] if "bias" in given else []
+        if "slopes" in given:
+            biases.append(heedful.ALiBi(given.pop("slopes")))
+        if "table" in given:
+            biases.append(heedful.RelativeBias(given.pop("table"), max_distance=4))
+        if biases:
+            given["bias"] = functools.reduce(operator.add, biases[::-1])
+        if "bandwidth" in given:
+            given["similarity"] = heedful.Gaussian(given.pop("bandwidth"))
+        out, lse = function(q, k, v, **given, **rest, return_lse=True)
+        lse = torch.where(lse == -math.inf, 0, lse)
+        return out, torch.zeros_like(lse) if rest.get("normalizer") == "hard" else lse  # no gradient goes to scores
 
-    return f, bias
+    return f, [options[name] for name in names if name in options]
 
 
 def squares(f: Callable) -> Callable:
@@ -104,7 +132,7 @@ def test_gradcheck_in_reverse_and_forward_mode(name: str, monkeypatch: pytest.Mo
     blocks_of_3(monkeypatch)
     f, bias = call(heedful.attention, OPTIONS[name])
     tensors = [x.detach().requires_grad_() for x in (*qkv(), *bias)]
-    options = {"check_batched_grad": False, "check_batched_forward_grad": True}
+    options = {"check_batched_grad": False, "check_batched_forward_grad": name in FEW, "fast_mode": name not in FEW}
     assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True, **options)
 
 
@@ -120,13 +148,14 @@ def test_gradgradcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradcheck_of_the_backward_operator_by_itself() -> None:
-    """out and lse are inputs like the others: their gradients are their own, not those of the forward pass."""
+    """Its derivative holds for the out and lse that belong to its other inputs."""
     (q, k, v), bias = qkv(), normal(1, HQ, 1, SK)
-    out, lse = FORWARD(q, k, v, None, bias, right=1)
-    tensors = [x.detach().requires_grad_() for x in (normal(*out.shape), normal(*lse.shape), q, k, v, out, lse, bias)]
+    out, lse = FORWARD(q, k, v, bias, right=1)
+    tensors = [x.detach().requires_grad_() for x in (normal(*out.shape), normal(*lse.shape), q, k, v, bias)]
 
-    def f(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return BACKWARD(*tensors[:-1], None, tensors[-1], right=1, bias_grad=True)
+    def f(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out, lse = (x.detach() for x in FORWARD(q, k, v, bias, right=1))
+        return BACKWARD(dout, dlse, q, k, v, out, lse, bias, right=1, bias_grad=True)[:4]
 
     assert torch.autograd.gradcheck(f, tensors)
 
@@ -279,17 +308,16 @@ def test_vmap_is_one_call() -> None:
 def test_vmap_of_the_operators_themselves() -> None:
     tensors = [torch.stack([x, -x]) for x in qkv()]
     for bias, dim in ((normal(2, 1, HQ, SQ, 1), 0), (normal(1, HQ, SQ, 1), None), (normal(B, 1, 2, 1, SK), 2)):
-        dims = (0, 0, 0, None, dim)
-        out, lse = vmap(FORWARD, dims)(*tensors, None, bias)
-        got = vmap(lambda *t: BACKWARD(t[0], None, *t[1:], bias_grad=True), (0, 0, 0, 0, 0, 0, None, dim))(
-            out, *tensors, out, lse, None, bias
+        out, lse = vmap(FORWARD, (0, 0, 0, dim))(*tensors, bias)
+        got = vmap(lambda *t: BACKWARD(t[0], None, *t[1:], bias_grad=True)[:4], (0, 0, 0, 0, 0, 0, dim))(
+            out, *tensors, out, lse, bias
         )
         for n in range(2):
             one = [x[n] for x in tensors]
             one_bias = bias if dim is None else bias.select(dim, n)
-            results = FORWARD(*one, None, one_bias)
+            results = FORWARD(*one, one_bias)
             assert_same((out[n], lse[n]), results)
-            grads = BACKWARD(results[0], None, *one, *results, None, one_bias, bias_grad=True)
+            grads = BACKWARD(results[0], None, *one, *results, one_bias, bias_grad=True)[:4]
             assert_same(tuple(x[n] for x in got), grads)
 
 
@@ -314,17 +342,23 @@ def test_a_direct_call_refuses_forward_mode(requires_grad: bool) -> None:
 
 def samples(dtype: torch.dtype, requires_grad: bool) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """Calls of both operators with everything that they take, and with nothing."""
-    (q, k, v), bias = qkv(dtype, requires_grad), normal(1, HQ, 1, SK, dtype=dtype).requires_grad_(requires_grad)
-    lengths = torch.tensor([3, 5])
+    (q, k, v), lengths = qkv(dtype, requires_grad), torch.tensor([3, 5])
+    shapes = (1, HQ, 1, SK), (B, HQ), (HQ,), (HQ,), (3, HQ)
+    parameters = [normal(*shape, dtype=dtype, seed=n).requires_grad_(requires_grad) for n, shape in enumerate(shapes)]
+    buckets, tiles = torch.tensor([0, 2, 1]), torch.full((1, 1, 1, 1), 2, dtype=torch.int32)
+    bits = torch.arange(-32, 32)[None]
+    every = (*parameters, buckets, HOLES, tiles, bits, lengths, lengths, lengths, None, None, torch.tensor([5]))
     for tensors, options in (
-        ((HOLES, bias, lengths, lengths, lengths), {"q_start": 1, "left": 3, "right": 0, "scale": 0.3}),
+        (every, {"q_start": 1, "left": 3, "right": 0, "softcap": 2.0, "similarity": "cosine", "dropout_p": 0.1}),
         ((), {}),
     ):
         yield FORWARD, (q, k, v, *tensors), options
         out, lse = (x.detach() for x in FORWARD(q, k, v, *tensors, **options))
         dout = normal(*out.shape, dtype=dtype).requires_grad_(requires_grad)
         dlse = normal(*lse.shape, dtype=lse.dtype) if tensors else None
-        yield BACKWARD, (dout, dlse, q, k, v, out, lse, *tensors), options | {"bias_grad": bool(tensors)}
+        yield BACKWARD, (dout, dlse, q, k, v, out, lse, *tensors), (
+            options | {f"{name}_grad": True for name in PARAMETERS if tensors}
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -359,11 +393,11 @@ def test_fake_layouts_are_the_real_ones(layout: str, sizes: tuple[int, ...]) -> 
     for other in layouts(*sizes).values():
         for tensors in ((q, other, other), (other, q, other), (other, other, q)):
             bias = normal(1, sizes[1], 1, sizes[2])
-            real = FORWARD(*tensors, None, bias)
-            real_back = BACKWARD(real[0], real[1], *tensors, *real, None, bias, bias_grad=True)
+            real = FORWARD(*tensors, bias)
+            real_back = BACKWARD(real[0], real[1], *tensors, *real, bias, bias_grad=True)[:4]
             faked = [x.to("meta") if x.is_contiguous() else _meta(x) for x in (*tensors, bias, *real)]
-            fake = FORWARD(*faked[:3], None, faked[3])
-            fake_back = BACKWARD(faked[4], faked[5], *faked[:3], *faked[4:], None, faked[3], bias_grad=True)
+            fake = FORWARD(*faked[:4])
+            fake_back = BACKWARD(faked[4], faked[5], *faked[:3], *faked[4:], faked[3], bias_grad=True)[:4]
             for got, want in zip((*fake, *fake_back), (*real, *real_back)):
                 assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
 

@@ -6,7 +6,8 @@
 //                                                                             dQ[i][d]   += sum_key dS[i][key] scale
 //                                                                             K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in the scores' units;  2. everything above, one task for each
-// (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of parameters.
+// (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of
+// parameters.
 //
 // Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
 // from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
@@ -76,9 +77,7 @@ struct Backward {
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
 
   // Whether the first group adds dQ up in the output itself.
-  static bool dq_in_place(const Problem& p) {
-    return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D;
-  }
+  static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D; }
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
@@ -105,8 +104,7 @@ struct Backward {
     w->rows = carve.take<RowState>(query_count(p));
     w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * query_count(p) * padded<C>(embedded_dim(p)));
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
-    w->distances =
-        wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
+    w->distances = wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
     return carve.size;
   }
 
@@ -138,9 +136,7 @@ struct Backward {
     const int64_t i0 = task % per_head * kRowsPerTask;
     return {head / p.Hq, head % p.Hq, i0, least(band.q_rows, i0 + kRowsPerTask)};
   }
-  static Band band_of_row_task(const Problem& p, int64_t task) {
-    return Band(p, task / row_tasks_per_head(p) / p.Hq);
-  }
+  static Band band_of_row_task(const Problem& p, int64_t task) { return Band(p, task / row_tasks_per_head(p) / p.Hq); }
 
   // ---- phase 1 ------------------------------------------------------------------------------------------------------
 
@@ -181,13 +177,13 @@ struct Backward {
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
-    C *kt, *vt, *k;        // K^T and V^T, [D][kKeys] in panels; K, scaled unless that is deferred, [kKeys][D]
-    C *dk, *dv;            // [kKeys][D]
-    C *q, *dout;           // [kQueries][D]
-    C *p, *ds;             // [kQueries][kKeys]
-    C *row;                // [D]
-    C *diagonals;          // [kQueries + panel]
-    ScoreParts<C> parts;   // [kQueries][panel]
+    C *kt, *vt, *k;       // K^T and V^T, [D][kKeys] in panels; K, scaled unless that is deferred, [kKeys][D]
+    C *dk, *dv;           // [kKeys][D]
+    C *q, *dout;          // [kQueries][D]
+    C *p, *ds;            // [kQueries][kKeys]
+    C* row;               // [D]
+    C* diagonals;         // [kQueries + panel]
+    ScoreParts<C> parts;  // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t panel = kVectors * n, keys = least(kKeys, padded<C>(p.Sk)), queries = least(kQueries, p.Sq);

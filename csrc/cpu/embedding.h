@@ -1,5 +1,5 @@
-// Embeds tiles of q and k rows (score/similarity.h), and takes gradients of embedded rows back. Rows of dot products are
-// as they are loaded.
+// Embeds tiles of q and k rows (score/similarity.h), and takes gradients of embedded rows back. Rows of dot products
+// are as they are loaded.
 #pragma once
 
 #include "../score/similarity.h"

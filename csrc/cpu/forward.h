@@ -152,8 +152,8 @@ struct Forward {
         // must not change how the others are computed.
         const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
-        const Tile tile{b,         h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1)),
-                        mask_bits(p, mask_tile)};
+        const Tile tile{
+            b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1)), mask_bits(p, mask_tile)};
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
                                     v.data + (tile.j0 - j0) * v.stride, v.stride, careful);

@@ -113,8 +113,7 @@ HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Ban
   const DistanceBias<C> bias(p, t.b, t.h);
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = queries + keys - 1;
   const int64_t end = (in_lanes == InLanes::queries ? keys : queries) - 1 + width;
-  for (int64_t x = 0; x < end; ++x)
-    to[x] = x < diagonals ? bias.value(diagonal_distance<in_lanes>(band, t, x)) : C(0);
+  for (int64_t x = 0; x < end; ++x) to[x] = x < diagonals ? bias.value(diagonal_distance<in_lanes>(band, t, x)) : C(0);
 }
 
 // ---- softcap --------------------------------------------------------------------------------------------------------
@@ -210,10 +209,11 @@ HEEDFUL_FN void keep_eight_keys(const Problem& p, const Tile& t, int64_t i, int6
   Counter<Word> parts[kParts];
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part)
-    parts[part] = philox(Counter<Word>{{broadcast<uint64_t>(uint64_t(j) / kPairsPerCounter),
-                                        iota<uint64_t>() + uint64_t(i + part * kWords),
-                                        broadcast<uint64_t>(uint64_t(t.h)), broadcast<uint64_t>(uint64_t(t.b))}},
-                         seed_of(p, t.b), [](Word a, uint32_t b) { return multiply_low(a, b); });
+    parts[part] =
+        philox(Counter<Word>{{broadcast<uint64_t>(uint64_t(j) / kPairsPerCounter),
+                              iota<uint64_t>() + uint64_t(i + part * kWords), broadcast<uint64_t>(uint64_t(t.h)),
+                              broadcast<uint64_t>(uint64_t(t.b % p.dropout_batch))}},
+               seed_of(p, t.b), [](Word a, uint32_t b) { return multiply_low(a, b); });
 #pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) random[w] = low_halves<C>(parts[0].word[w], parts[kParts - 1].word[w]);
   const Vec<Int<C>> keep = broadcast<Int<C>>(Int<C>(p.keep));

@@ -11,9 +11,9 @@ namespace heedful::HEEDFUL_TARGET {
 // What the tile of query i and key j holds: kEmptyTile, kFullTile, or kFirstPartialTile and on.
 HEEDFUL_FN int32_t mask_tile(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
   if (!p.tiles.data) return kFullTile;
-  return static_cast<const int32_t*>(p.tiles.data)[b * p.tiles.stride[0] + h * p.tiles.stride[1] +
-                                                   i / kMaskTile * p.tiles.stride[2] +
-                                                   j / kMaskTile * p.tiles.stride[3]];
+  return static_cast<const int32_t*>(
+      p.tiles.data)[b * p.tiles.stride[0] + h * p.tiles.stride[1] + i / kMaskTile * p.tiles.stride[2] +
+                    j / kMaskTile * p.tiles.stride[3]];
 }
 
 // The words of a partial tile, one for each query; null for a full one.

@@ -206,14 +206,15 @@ class Mask:
         """Tiles and bits of the intersection of ``built``, which the operators intersect with the other conjuncts."""
         if len(built) == 1 and (ready := built[0].to(grid.device).blocks(grid)):
             return ready
-        others = [part for part in self._conjuncts() if not isinstance(part, TensorMask)]
+        others = [part for part in self._conjuncts() if part.native and not isinstance(part, TensorMask)]
         if not _eager(grid.device):
-            return build(grid, built, others, counting=False)
+            return build(grid, built, others, eager=False)
         key = (*grid.sizes, grid.device, *(None if isinstance(x, Tensor) else x for x in inputs))
-        tensors = [x for x in inputs if isinstance(x, Tensor)] + [x for part in others for x in part.tensors]
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        tensors += [x for part in (*built, *others) for x in part.tensors]
         if self._kept is None or not self._kept.serves(key, tensors):
             with torch.inference_mode(False):  # what is kept must serve outside of inference mode too
-                self._kept = _Kept(key, tensors, build(grid, built, others, counting=True))
+                self._kept = _Kept(key, tensors, build(grid, built, others, eager=True))
         return self._kept.blocks
 
 
@@ -235,7 +236,7 @@ class Intersection(Mask):
         return reduce(operator.and_, (part.bound(grid) for part in self.parts))
 
     def __repr__(self) -> str:
-        return " & ".join(f"({part!r})" if type(part) is Union else repr(part) for part in self.parts)
+        return " & ".join(f"({part!r})" if isinstance(part, Union) else repr(part) for part in self.parts)
 
     def _conjuncts(self) -> tuple[Mask, ...]:
         return self.parts
@@ -249,7 +250,7 @@ class Union(Mask):
 
     @staticmethod
     def of(*masks: Mask) -> Mask:
-        return Union(*(part for mask in masks for part in (mask.parts if type(mask) is Union else (mask,))))
+        return Union(*(part for mask in masks for part in (mask.parts if isinstance(mask, Union) else (mask,))))
 
     def seen(self, grid: Grid, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return reduce(operator.or_, (part.seen(grid, b, h, i, j) for part in self.parts))
@@ -370,8 +371,8 @@ def _eager(device: torch.device) -> bool:
     )
 
 
-def build(grid: Grid, built: list[Mask], others: list[Mask], *, counting: bool) -> Blocks:
-    """Blocks of the intersection of ``built``; tiles that the ``others`` leave empty are not looked at."""
+def build(grid: Grid, built: list[Mask], others: list[Mask], *, eager: bool) -> Blocks:
+    """Blocks of the intersection of ``built``; tiles that the ``others`` leave empty are empty."""
     mask = Intersection(*(part.to(grid.device) for part in built))
     bound = mask.bound(grid)
     near = Intersection(Mask(), *(part.to(grid.device) for part in others)).bound(grid).any
@@ -380,7 +381,7 @@ def build(grid: Grid, built: list[Mask], others: list[Mask], *, counting: bool) 
     if bound.any.shape[1] == 1:
         near = near.any(1, keepdim=True)
     bound = Bound(bound.any & near, bound.all)
-    return blocks.build(bound, lambda *pair: mask.seen(grid, *pair), grid.q_length, grid.k_length, counting=counting)
+    return blocks.build(bound, lambda *pair: mask.seen(grid, *pair), grid.q_length, grid.k_length, eager=eager)
 
 
 _INTERSECT = {"mask": operator.and_, "left": min, "right": min, "q_lengths": shorter, "k_lengths": shorter}

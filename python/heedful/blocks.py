@@ -61,20 +61,20 @@ def by_tile(x: Tensor, dim: int, reduce: Callable[..., Tensor]) -> Tensor:
     return torch.cat(parts, dim) if parts else x
 
 
-def build(bound: Bound, seen: Pairs, q_length: int, k_length: int, *, counting: bool = True) -> Blocks:
+def build(bound: Bound, seen: Pairs, q_length: int, k_length: int, *, eager: bool = True) -> Blocks:
     """Tiles and bits of the mask that ``bound`` and ``seen`` describe.
 
-    counting: whether results may have shapes that depend on data. torch.compile and torch.func forbid it: every tile
-    then gets bits, though only the partial ones are marked to use them.
+    eager: whether shapes may depend on data. torch.compile and torch.func forbid it: every tile then gets bits, though
+    only the partial ones are marked to use them.
     """
-    some, every = (
-        x.expand(*x.shape[:2], count(q_length), count(k_length)) for x in torch.broadcast_tensors(bound.any, bound.all)
-    )
+    bounds = torch.broadcast_tensors(bound.any, bound.all)
+    some, every = (x.expand(*x.shape[:2], count(q_length), count(k_length)) for x in bounds)
     partial = some & ~every
-    at = partial.nonzero().unbind(1) if counting else _every_index(partial)
-    chunks = zip(*(x.split(CHUNK if counting else max(len(x), 1)) for x in at))
-    bits, empty, full = map(torch.cat, zip(*(_evaluate(seen, *chunk, q_length, k_length) for chunk in chunks)))
-    if not counting:
+    at = partial.nonzero().unbind(1) if eager else _every_index(partial)
+    chunks = zip(*(x.split(CHUNK if eager else max(len(x), 1)) for x in at))
+    pack = _packed if eager else _summed
+    bits, empty, full = map(torch.cat, zip(*(_evaluate(seen, pack, *chunk, q_length, k_length) for chunk in chunks)))
+    if not eager:
         number = torch.where(full, 1, 2 + torch.arange(len(full), device=full.device))
         number = torch.where(empty, 0, number).view(partial.shape)
         return torch.where(partial, number, some.to(torch.int64)).to(torch.int32), bits
@@ -94,25 +94,34 @@ def _every_index(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _evaluate(
-    seen: Pairs, b: Tensor, h: Tensor, row: Tensor, column: Tensor, q_length: int, k_length: int
+    seen: Pairs,
+    pack: Callable[[Tensor], Tensor],
+    b: Tensor,
+    h: Tensor,
+    row: Tensor,
+    column: Tensor,
+    q_length: int,
+    k_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bits of n tiles [n, 64], which of them are empty [n], and which are full [n]."""
     within = torch.arange(TILE, device=b.device)
     b, h, row, column = (x[:, None, None] for x in (b, h, row, column))
     i, j = TILE * row + within[:, None], TILE * column + within
     pairs = seen(b, h, i.clamp(max=q_length - 1), j.clamp(max=k_length - 1)).expand(len(b), TILE, TILE)
-    inside = _packed(j < k_length) * (i < q_length).squeeze(-1)
-    bits = _packed(pairs) & inside
+    inside = pack(j < k_length) * (i < q_length).squeeze(-1)
+    bits = pack(pairs) & inside
     return bits, (bits == 0).all(-1), (bits == inside).all(-1)
 
 
 def _packed(pairs: Tensor) -> Tensor:
-    """Bool [.., 64] -> int64 [..], pair n in bit n."""
-    if torch.compiler.is_compiling():  # no compiler reads eight bools as one integer
-        return (pairs.to(torch.int64) << torch.arange(TILE, device=pairs.device)).sum(-1)
-    # Eight bools at a time: the product moves them next to each other, into the highest byte.
+    """Bool [.., 64] -> int64 [..], pair n in bit n. A product brings eight bools together in the highest byte."""
     eights = pairs.contiguous().view(torch.int64)
     return ((eights * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int64).squeeze(-1)
+
+
+def _summed(pairs: Tensor) -> Tensor:
+    """The same where bools cannot be read as other numbers: slower, but any compiler and transform takes it."""
+    return (pairs.to(torch.int64) << torch.arange(TILE, device=pairs.device)).sum(-1)
 
 
 def _words(tiles: Tensor, bits: Tensor, within: Tensor) -> Tensor:

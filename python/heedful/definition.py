@@ -43,6 +43,7 @@ OPTIONS = {
     "similarity": "dot",
     "normalizer": "softmax",
     "dropout_p": 0.0,
+    "dropout_batch": 0,
 }
 EPS = 1e-8  # cosine: norms are no less
 _MASKING = ("mask", "tiles", "bits", "q_lengths", "k_lengths", "q_starts")
@@ -65,6 +66,8 @@ def attention(tensors: Tensors, options: Options, start: int = 0, sequence: int 
         batch, heads, n, k_length = p.shape
         indices = torch.arange(start, start + n, device=p.device)
         of_batch = torch.arange(sequence, sequence + batch, device=p.device)
+        if options.get("dropout_batch"):
+            of_batch = of_batch % options["dropout_batch"]
         p = p * keep_factors(tensors["seed"], options["dropout_p"], indices, k_length, heads, of_batch).to(p.dtype)
     return contract(p, _per_head(tensors["v"], p.shape[1]), seen), lse
 

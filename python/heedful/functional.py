@@ -57,15 +57,15 @@ def attention(
     v and every tensor of floating point among the options. Raises RuntimeError, TypeError, ValueError or
     NotImplementedError that name the argument, what was expected, and what came.
     """
-    jagged = _check("heedful.attention", q, k, v)
+    nested = _check("heedful.attention", q, k, v)
     given = not (mask is bias is softcap is sinks is scale is None and align is BOTTOM_RIGHT)
-    if not (given or jagged or dropout_p or similarity != "dot" or normalizer != "softmax"):
+    if not (given or nested or dropout_p or similarity != "dot" or normalizer != "softmax"):
         out, lse = ops.forward(q, k, v)
         return (out, lse) if return_lse else out
 
     offsets = None
-    if jagged:
-        (q, k, v), offsets, to_jagged = varlen.from_jagged(q, k, v)
+    if nested:
+        (q, k, v), offsets, to_jagged = varlen.from_jagged("heedful.attention", ("q", "k", "v"), q, k, v)
     options = lower(
         q,
         k,
@@ -82,7 +82,7 @@ def attention(
         offsets=offsets,
     )
     out, lse = _forward(q, k, v, options)
-    if jagged:
+    if nested:
         out, lse = to_jagged(out), to_jagged(lse) if return_lse else lse
     return (out, lse) if return_lse else out
 
@@ -118,7 +118,8 @@ def varlen_attention(
 
     Returns out [T, Hq, Dv], and with return_lse lse [T, Hq]. Rows outside of every sequence have out = 0, lse = -inf.
     """
-    _check("heedful.varlen_attention", q, k, v)
+    if _check("heedful.varlen_attention", q, k, v):
+        raise TypeError("heedful.varlen_attention: q, k, v: expected packed tensors, got nested: use heedful.attention")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise RuntimeError(f"heedful.varlen_attention: {name}: expected 3 dimensions, got {x.dim()}")
@@ -149,8 +150,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: Arguments) -> tuple[Tenso
 
 
 def _check(function: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """That all are tensors; and whether they are jagged."""
+    """That all are tensors; returns whether one is nested."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{function}: {name}: expected a tensor, got {type(x).__name__}")
-    return varlen.is_jagged(function, ("q", "k", "v"), (q, k, v))
+    return q.is_nested or k.is_nested or v.is_nested

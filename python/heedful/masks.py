@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import blocks
-from .algebra import Mask, TensorMask, Union, allowed, as_mask, build
+from .algebra import Mask, TensorMask, allowed, as_mask, build
 from .blocks import Blocks, Bound
 from .positions import (
     BOTTOM_RIGHT,
@@ -193,15 +193,25 @@ class Global(Mask):
         return f"Global({_show(self.n)})"
 
 
-class PrefixLM(Union):
+class PrefixLM(Mask):
     """Causal, and the first ``n[b]`` keys of sequence b for every query. ``n``: as for :class:`KeyLengths`."""
 
+    holds = ("n",)
+
     def __init__(self, n: int | Sequence[int] | Tensor) -> None:
-        self.prefix = KeyLengths(checked_lengths(n, "heedful.PrefixLM: n"))
-        super().__init__(Causal(), self.prefix)
+        self.n = checked_lengths(n, "heedful.PrefixLM: n")
+
+    def lead(self) -> tuple[int, int]:
+        return _lead(self.n)
+
+    def seen(self, grid: Grid, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return Causal().seen(grid, b, h, i, j) | (j < grid.each(self.n, b, "heedful.PrefixLM: n"))
+
+    def bound(self, grid: Grid) -> Bound:
+        return Causal().bound(grid) | _below(grid.keys, grid.each(self.n, None, "heedful.PrefixLM: n"))
 
     def __repr__(self) -> str:
-        return f"PrefixLM({_show(self.prefix.k_lengths)})"
+        return f"PrefixLM({_show(self.n)})"
 
 
 class Documents(Mask):
@@ -322,7 +332,7 @@ class BlockMask(Mask):
     def _of(cls, mask: Mask, sizes: tuple[int, int, int, int], device: torch.device | str) -> BlockMask:
         grid = Grid(sizes, 0, torch.device(device))
         with torch.inference_mode(False):  # what is made must serve outside of inference mode too
-            return cls(*build(grid, [mask], [], counting=True), *sizes[2:])
+            return cls(*build(grid, [mask], [], eager=True), *sizes[2:])
 
     def lead(self) -> tuple[int, int]:
         return tuple(self.tiles.shape[:2])

@@ -62,7 +62,7 @@ class Grid:
 
     def position(self, b: Tensor, i: Tensor) -> Tensor:
         """Where query i of sequence b sits."""
-        return i + self.each(self.start, b, "heedful.attention: align")
+        return i + self.each(self.start, b, "heedful.attention: q_starts")
 
     @property
     def queries(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class Grid:
     @property
     def positions(self) -> tuple[Tensor, Tensor]:
         """The first and the last position of each tile, [B or 1, 1, Tq, 1]."""
-        start = self.each(self.start, None, "heedful.attention: align")
+        start = self.each(self.start, None, "heedful.attention: q_starts")
         first, last = self.queries
         return first + start, last + start
 

@@ -43,7 +43,7 @@ def scaled_dot_product_attention(
         options["scale"] = scale
     if dropout_p != 0.0:
         options |= _dropout(dropout_p, query)
-    if varlen.is_jagged(_SDPA, _NAMES, (query, key, value)):
+    if query.is_nested or key.is_nested or value.is_nested:
         return _jagged(query, key, value, attn_mask, options, enable_gqa)
     if attn_mask is None and query.dim() == key.dim() == value.dim() == 4:
         (batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = query.shape, key.shape, value.shape
@@ -63,11 +63,11 @@ def _dropout(p: float, like: Tensor) -> Arguments:
 def _jagged(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, options: Arguments, gqa: bool
 ) -> Tensor:
+    tensors, (q_offsets, k_offsets), to_jagged = varlen.from_jagged(_SDPA, _NAMES, query, key, value)
     if attn_mask is not None:
         raise _error("attn_mask", "None beside nested tensors (heedful.attention takes masks)", "a mask")
     if not gqa and query.shape[1] != key.shape[1]:
         raise _error("key, value", f"the heads of query, {query.shape[1]}, without enable_gqa", key.shape[1])
-    tensors, (q_offsets, k_offsets), to_jagged = varlen.from_jagged(query, key, value)
     return to_jagged(ops.forward(*tensors, q_offsets=q_offsets, k_offsets=k_offsets, **options)[0])
 
 

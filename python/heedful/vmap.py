@@ -25,6 +25,7 @@ def forward(
 ) -> tuple:
     """(results, their mapped dimensions) of ``call``, attention_forward, of ``size`` sets of the tensors of TENSORS."""
     folded, batch = _fold_all(size, dims, TENSORS, tensors, ())
+    options = _with_batch(options, batch)
     return tuple(x.unflatten(0, (size, batch)) for x in call(*folded, **options)), (0, 0)
 
 
@@ -34,6 +35,7 @@ def backward(
     """Likewise of attention_backward."""
     wanted = [name for name in PARAMETERS if options.get(f"{name}_grad")]
     folded, batch = _fold_all(size, dims, BACKWARD_TENSORS, tensors, wanted)
+    options = _with_batch(options, batch)
     grads = [None if x is None else x.unflatten(0, (size, batch)) for x in call(*folded, **options)]
     for at, name in enumerate(PARAMETERS, 3):
         if grads[at] is not None:  # summed over the batch where the parameter has none
@@ -44,6 +46,11 @@ def backward(
             elif name not in SHARED and shape[0] == 1:
                 grads[at] = grads[at].sum(1, keepdim=True)
     return tuple(grads), tuple(None if x is None else 0 for x in grads)
+
+
+def _with_batch(options: dict, batch: int) -> dict:
+    """Dropout counts sequences as it does without vmap."""
+    return {**options, "dropout_batch": options.get("dropout_batch") or batch} if options.get("dropout_p") else options
 
 
 def _fold_all(
