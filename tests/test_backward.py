@@ -193,7 +193,6 @@ GRADCHECKED = (
     *(Case(TINY, **options, seed=n) for n, options in enumerate(table.FEATURES.values())),
     *(Case(TINY, **options, bias="qk", q_starts=(2, -1), right=1) for options in table.FEATURES.values()),
     *(packed((2, 1), (3, 2), (4, 6), (0, 2), (3, 1), **options, outside=1) for options in table.FEATURES.values()),
-    *(Case(TINY, **together(one, other), left=3) for one, other in table.PAIRS),
     *(Case(TINY, **{name: "bh"}, seed=n) for n, name in enumerate(cases.PARAMETERS[1:])),
     Case(TINY, scales="h", similarity="cosine"),
     Case(TINY, scales="bh", similarity="gaussian"),
@@ -211,6 +210,12 @@ GRADCHECKED = (
 @pytest.mark.parametrize("case", GRADCHECKED, ids=str)
 def test_gradcheck(case: Case, backend: Backend) -> None:
     gradcheck_case(case, backend.device)
+
+
+@pytest.mark.parametrize("pair", table.PAIRS, ids="+".join)
+def test_gradcheck_of_pairs(pair: tuple[str, str], backend: Backend) -> None:
+    """In random directions: fast_mode."""
+    gradcheck_case(Case(TINY, **together(*pair), left=3), backend.device, fast_mode=True)
 
 
 @pytest.mark.parametrize(

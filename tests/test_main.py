@@ -116,6 +116,10 @@ def ignores_masks(q, k, v, mask=None, **options):
     return attention(q, k, v, **options)
 
 
+def ignores(option: str):
+    return lambda q, k, v, **options: attention(q, k, v, **{n: x for n, x in options.items() if n != option})
+
+
 def not_a_number(q, k, v, **options):
     return attention(q, k, v * math.nan, **options)
 
@@ -134,7 +138,9 @@ def test_every_check_passes_in_every_dtype() -> None:
     for dtype in selfcheck.DTYPES:
         assert {r.name for r in results if r.dtype is dtype and r.tensor != selfcheck.GRADCHECK} == names
     assert {r.name for r in results if r.tensor == selfcheck.GRADCHECK} == names
-    assert {"out", "dq", "dk", "dv", "dbias", "lse", "weights"} <= {r.tensor for r in results}
+    assert {"out", "dq", "dk", "dv", "dbias", "dx", "lse", "weights"} <= {r.tensor for r in results}
+    references = {check.name for check in selfcheck.checks() if check.by_reference}
+    assert {r.name for r in results if math.isnan(r.rms_ratio)} >= references
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,14 @@ def test_every_check_passes_in_every_dtype() -> None:
         (wrong_gradient, "full", "gradcheck"),
         (ignores_masks, "sliding window", "out"),
         (ignores_masks, "lengths of keys", "dv"),
+        (ignores("mask"), "block mask", "out"),
+        (ignores("bias"), "ALiBi", "run"),
+        (ignores("bias"), "T5's relative bias", "run"),
+        (ignores("softcap"), "softcap", "dk"),
+        (ignores("sinks"), "sinks", "run"),
+        (ignores("similarity"), "cosine, scaled by head", "out"),
+        (ignores("similarity"), "Gaussian", "run"),
+        (ignores("dropout_p"), "dropout", "dv"),
         (not_a_number, "causal", "out"),
         (raises, "boolean mask", "run"),
         (raises, "boolean mask", "gradcheck"),
@@ -159,6 +173,15 @@ def test_a_wrong_operator_is_found(wrong, check: str, tensor: str, monkeypatch: 
     assert tensor in {r.tensor for r in results if not r.ok}
     table = str(selfcheck.Table(results))
     assert f"FAILED  {check}, {tensor}" in table
+
+
+def test_wrong_packing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [c for c in selfcheck.checks() if c.name == "packed sequences, causal"]
+    monkeypatch.setattr(selfcheck, "checks", lambda sizes: chosen)
+    monkeypatch.setattr(selfcheck, "_gradcheck", lambda check: selfcheck.Result(check.name, "", torch.float64, 0, 0))
+    whole = heedful.varlen_attention
+    monkeypatch.setattr(heedful, "varlen_attention", lambda q, k, v, o, **x: whole(q, k, v, [0, o[-1]], **x))
+    assert {r.tensor for r in selfcheck.run([torch.float32]) if not r.ok} == {"out", "dq", "dk", "dv"}
 
 
 def test_status_1_where_a_check_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

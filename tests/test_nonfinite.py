@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import cases
-import oracle
 from backends import Backend
-from cases import Case, Problem, build, check, reference_results
+from cases import Case, Problem, build, check, definition_results, packed
+from oracle_scores import combine, seen_pairs
+from table import TOGETHER
 
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 VALUES = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -39,12 +40,45 @@ MASKS = {
     "key bias": Case(SIZES, bias="k", holes=0.4),
     "all": Case(SIZES, bias="hqk", holes=0.2, mask="qk", k_lengths=(149,), left=70, right=9, q_start=50),
 }
+PER_SEQUENCE = TOGETHER | dict.fromkeys(("sinks", "slopes", "table"), "bh") | {"dropout_p": 0.0}
+# The same with features of the scores, whose parameters each sequence has its own of.
+FEATURED = {
+    "scales": Case(SIZES, scales="bh", right=0, q_start=80),
+    "sinks": Case(SIZES, sinks="bh", right=0, q_start=-5, q_lengths=(66,)),
+    "slopes": Case(SIZES, slopes="bh", left=20, right=3, q_start=60),
+    "table": Case(SIZES, table="bh", reach=30, k_lengths=(140,)),
+    "tiles": Case(SIZES, tiles="h"),
+    "tiles of bias": Case(SIZES, tiles="h", bias="hqk", holes=0.2, right=9, q_start=30),
+}
+# Here an infinity may well become a number, or the other way around: only NaN is planted.
+NUMERIC = {
+    "cosine": Case(SIZES, similarity="cosine", right=0, q_start=80),
+    "cosine lengths": Case(SIZES, similarity="cosine", scales="bh", k_lengths=(140,), q_lengths=(66,)),
+    "cosine tiles": Case(SIZES, similarity="cosine", tiles="h"),
+    "gaussian": Case(SIZES, similarity="gaussian", left=20, right=3, q_start=60),
+    "gaussian mask": Case(SIZES, similarity="gaussian", scales="bh", mask="hqk"),
+    "gaussian bias": Case(SIZES, similarity="gaussian", bias="k", holes=0.4),
+    "softcap": Case(SIZES, softcap=2.0, right=0, q_start=-40),
+    "softcap mask": Case(SIZES, softcap=2.0, mask="k", bias="hqk", holes=0.2),
+    "together": Case(SIZES, **PER_SEQUENCE, right=9, q_start=50),
+}
+# A NaN that is seen may be passed by, where hard attention prefers another key or dropout drops its pair: what counts
+# is that one that is not seen leaves everything alone.
+CHOOSY = {
+    "hard": Case(SIZES, normalizer="hard", right=0, q_start=80),
+    "hard sinks": Case(SIZES, normalizer="hard", sinks="bh", mask="hqk"),
+    "hard lengths": Case(SIZES, normalizer="hard", k_lengths=(140,), q_lengths=(66,)),
+    "hard tiles": Case(SIZES, normalizer="hard", tiles="h", similarity="gaussian"),
+    "dropout": Case(SIZES, dropout_p=0.3, right=0, q_start=80),
+    "dropout mask": Case(SIZES, dropout_p=0.5, mask="hqk", sinks="bh"),
+    "dropout tiles": Case(SIZES, dropout_p=0.5, tiles="h", softcap=2.0),
+}
 QUERIES, KEYS = (0, 1, 31, 63, 64, 65, 69), (0, 1, 30, 63, 64, 100, 127, 128, 139, 140, 149)
 
 
 def places(problem: Problem, target: str, small: bool) -> list[tuple[int, ...]]:
     """Where to plant in the one sequence of `target`: [head, row, column], spread over tiles; everywhere if `small`."""
-    tensor = problem.options["bias"] if target == "bias" else getattr(problem, target)
+    tensor = problem.options[target] if target in problem.options else getattr(problem, target)
     heads, rows, *columns = tensor.shape[1:]
     if small:
         return [(heads - 1, row, *(row % size for size in columns)) for row in range(rows)]
@@ -62,15 +96,18 @@ def planted(problem: Problem, target: str, at: list[tuple[int, ...]], value: flo
         return x.repeat(count, *[1] * (x.dim() - 1))
 
     tensors = {name: repeat(getattr(problem, name)) for name in ("q", "k", "v", "dout", "dlse")}
-    options = {name: repeat(x) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
-    where = options["bias"] if target == "bias" else tensors[target]
+    shared = ("buckets", "bits", "seed")
+    options = {
+        name: repeat(x) if isinstance(x, Tensor) and name not in shared else x for name, x in problem.options.items()
+    }
+    where = options[target] if target in options else tensors[target]
     for b, place in enumerate(at):
         where[(b, *place)] = value
     return replace(problem, **tensors, options=options)
 
 
-def check_reach(problem: Problem, results: dict[str, Tensor] | None = None) -> None:
-    """The results are the truth's: finite where it is, equal there, and not finite elsewhere.
+def check_reach(problem: Problem, results: dict[str, Tensor] | None = None, arrives: bool = True) -> None:
+    """The results are the truth's: finite where it is, equal there, and not finite elsewhere, where it `arrives`.
 
     A score of +inf makes its row NaN as a whole here, for the rest of such a row is not promised.
     """
@@ -81,10 +118,12 @@ def check_reach(problem: Problem, results: dict[str, Tensor] | None = None) -> N
     for name, result in results.items():
         got = result.cpu().double()
         dirty = got.isfinite() & ~exact.values[name].isfinite()
-        assert not dirty.any(), f"{name}: {int(dirty.sum())} values see what is not finite, and are finite"
+        assert not (arrives and dirty.any()), (
+            f"{name}: {int(dirty.sum())} values see what is not finite, and are finite"
+        )
         # From here on, a result that may be anything is what it should be.
         loose = poisoned.values[name].isfinite() != exact.values[name].isfinite()
-        loose |= (name == "lse") & poisoned.values[name].isnan()
+        loose |= ((name == "lse") | (not arrives)) & poisoned.values[name].isnan()
         results[name] = torch.where(loose.to(result.device), math.nan, result)
     check(problem, results, poisoned)
 
@@ -99,8 +138,89 @@ def test_planted(kind: str, target: str, dtype: torch.dtype, backend: Backend) -
         check_reach(planted(problem, target, at, value))
 
 
+@DTYPES
+@pytest.mark.parametrize("target", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("kind", [*FEATURED, *NUMERIC, *CHOOSY])
+def test_planted_beside_features(kind: str, target: str, dtype: torch.dtype, backend: Backend) -> None:
+    problem = build((FEATURED | NUMERIC | CHOOSY)[kind], dtype, backend.device)
+    at = places(problem, target, small=False)
+    values = (math.nan, math.inf, -math.inf) if dtype is torch.float32 and kind in FEATURED else (math.nan,)
+    for value in values:
+        check_reach(planted(problem, target, at, value), arrives=kind not in CHOOSY)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "gaussian"])
+@pytest.mark.parametrize("name", ["scales", "sinks", "slopes", "table"])
+def test_planted_in_parameters(name: str, similarity: str, backend: Backend) -> None:
+    """A parameter that is not finite spoils its own head of its own sequence, where a query sees a key, and no other."""
+    case = Case((3, 4, 2, 70, 150, 5, 6), **{name: "bh"}, similarity=similarity, right=0, q_start=-9)
+    problem = build(case, torch.float32, backend.device)
+    problem.options[name][1, ..., 2] = math.nan
+    results = problem.results()
+    for other in ("out", "lse", "dq"):
+        clean = torch.ones(3, 4, dtype=torch.bool)
+        clean[1, 2] = False
+        assert results[other][clean].isfinite().logical_or(results[other][clean] == -math.inf).all(), other
+    assert results["dk"][::2].isfinite().all() and results["dk"][1, 0].isfinite().all()
+    assert results["out"][1, 2, 9:].isnan().all() and (name == "sinks" or (results["out"][1, 2, :9] == 0).all())
+
+
+def test_planted_in_packed_sequences(backend: Backend) -> None:
+    """NaN in a row of one sequence, or outside of all, reaches no other sequence."""
+    case = packed((4, 2), (5, 6), (70, 130), (0, 5), (9, 9), (33, 65), **PER_SEQUENCE, outside=2, right=40)
+    clean = build(case, torch.float32, backend.device)
+    rows = {"q": (0, 1, 2, 71, 72, 81, 114, 115), "k": (0, 2, 131, 132, 136, 137, 145, 211), "v": (1, 50, 140)}
+    for target, row in ((target, row) for target, some in rows.items() for row in some):
+        dirty = replace(clean, **{target: getattr(clean, target).clone()})
+        getattr(dirty, target)[0, :, row, 1] = math.nan
+        check_reach(dirty)
+
+
+def test_rows_outside_of_packed_sequences_may_hold_anything(backend: Backend) -> None:
+    for similarity in ("dot", "cosine", "gaussian"):
+        case = packed((4, 2), (5, 6), (70, 130), (0, 5), (9, 9), similarity=similarity, outside=3)
+        clean = build(case, torch.float32, backend.device)
+        queries, keys = ([*range(3), *range(n - 3, n)] for n in (clean.q.shape[2], clean.k.shape[2]))
+        dirty = replace(
+            clean,
+            q=spoiled(clean.q, queries, math.nan), dout=spoiled(clean.dout, queries, math.nan),
+            k=spoiled(clean.k, keys, math.nan), v=spoiled(clean.v, keys, math.nan),
+            dlse=spoiled(clean.dlse[..., None], queries, math.nan).squeeze(-1),
+        )  # fmt: skip
+        results = dirty.results()
+        check(dirty, results, clean.truth())
+        assert (results["dq"][:, :, queries] == 0).all() and (results["dk"][:, :, keys] == 0).all()
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
+@DTYPES
+def test_a_masked_row_has_no_gradient_of_its_own(dtype: torch.dtype, similarity: str, backend: Backend) -> None:
+    """Rows of NaN that nobody sees: their similarities' norms are NaN, their gradients 0, and nothing else notices."""
+    case = Case((2, 4, 2, 70, 150, 5, 6), similarity=similarity, right=0, q_start=-9, mask="k", tiles="h", scales="bh")
+    clean = build(case, dtype, backend.device)
+    seen = clean_pairs(clean)
+    idle_queries = ~seen.any(-1)
+    idle_keys = ~seen.any(-2).unflatten(1, (2, 2)).any(2)
+    dirty = replace(
+        clean,
+        q=clean.q.masked_fill(idle_queries[..., None].to(clean.q.device), math.nan),
+        k=clean.k.masked_fill(idle_keys[..., None].to(clean.k.device), math.nan),
+    )
+    assert dirty.q.isnan().any() and dirty.k.isnan().any()
+    results = dirty.results()
+    check(dirty, results, clean.truth())
+    assert (results["dq"][idle_queries] == 0).all() and (results["dk"][idle_keys] == 0).all()
+
+
+def clean_pairs(problem: Problem) -> Tensor:
+    batch, heads, _, queries, keys, _, _ = problem.case.sizes
+    masks = ("mask", "tiles", "bits", "q_lengths", "k_lengths", "q_starts", "q_start", "left", "right")
+    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in problem.options.items() if name in masks}
+    return seen_pairs((batch, heads, queries, keys), **options)
+
+
 def test_the_truth_is_pair_by_pair() -> None:
-    """oracle.combine against the sum written out term by term, with NaN and infinity in both factors."""
+    """oracle_scores.combine against the sum written out term by term, with NaN and infinity in both factors."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         weights, rows = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -113,7 +233,7 @@ def test_the_truth_is_pair_by_pair() -> None:
             for i in range(4)
         ], dtype=torch.float64)  # fmt: skip
         want[~want.isfinite()] = math.nan
-        torch.testing.assert_close(oracle.combine(weights, rows, present), want, equal_nan=True)
+        torch.testing.assert_close(combine(weights, rows, present), want, equal_nan=True)
 
 
 @VALUES
@@ -144,16 +264,16 @@ def test_planted_in_gradient_of_lse(kind: str, dtype: torch.dtype, backend: Back
 
 
 @pytest.mark.parametrize("target", ["q", "k", "v", "dout", "dlse", "bias"])
-@pytest.mark.parametrize("kind", MASKS)
-def test_reference(kind: str, target: str) -> None:
-    """heedful.reference keeps the same promise."""
-    problem = build(MASKS[kind], torch.float64)
+@pytest.mark.parametrize("kind", [*MASKS, *FEATURED, *NUMERIC])
+def test_definition(kind: str, target: str) -> None:
+    """heedful's own definition, which heedful.reference is, keeps the same promise."""
+    problem = build((MASKS | FEATURED | NUMERIC)[kind], torch.float64)
     if target == "bias" and "bias" not in problem.options:
         pytest.skip("the case has no bias")
     at = places(problem, target, small=False)
-    for value in (math.nan, math.inf, -math.inf):
+    for value in (math.nan,) if kind in NUMERIC else (math.nan, math.inf, -math.inf):
         dirty = planted(problem, target, at, value)
-        check_reach(dirty, reference_results(dirty))
+        check_reach(dirty, definition_results(dirty))
 
 
 def spoiled(x: Tensor, rows: Iterable[int], value: float) -> Tensor:
@@ -186,7 +306,7 @@ def test_values_beside_the_band_may_overflow(kind: str, dtype: torch.dtype, back
     """The largest finite values at keys that no query sees: their scores overflow, and must not count."""
     clean = build(MASKS[kind], dtype, backend.device)
     options = {name: x for name, x in clean.options.items() if name not in ("bias", "mask")}
-    seen = oracle.seen_pairs((1, 2, 70, 150), **options)[0, 0]
+    seen = seen_pairs((1, 2, 70, 150), **options)[0, 0]
     blind, unseen = ((~seen.any(n)).nonzero().flatten().tolist() for n in (1, 0))
     assert blind or unseen or kind == "causal"
     top = torch.finfo(dtype).max

@@ -132,6 +132,7 @@ struct Case {
   Similarity similarity = Similarity::dot;
   bool hard = false;
   double dropout = 0;
+  int64_t dropout_batch = B;
 };
 
 std::string describe(const Case& c) {
@@ -150,7 +151,7 @@ std::string describe(const Case& c) {
   add_dims("mask", c.mask), add_dims("tiles", c.tiles), add_dims("bias", c.bias), add("bias_f32", c.bias_f32);
   add("scale", c.scale), add("softcap", c.softcap), add("scales", int(c.scales)), add("sinks", int(c.sinks));
   add("slopes", int(c.slopes)), add("table", int(c.table)), add("similarity", int(c.similarity)), add("hard", c.hard);
-  add("dropout", c.dropout);
+  add("dropout", c.dropout), add("dropout_batch", c.dropout_batch);
   return text;
 }
 
@@ -248,7 +249,7 @@ struct Call {
     p.table_rows = table_rows, p.buckets = integers(buckets), p.max_distance = max_distance;
     p.bias = bias.view(true), p.bias_dtype = bias.dtype, p.dbias = dbias.view(true);
     p.keep = uint32_t(std::nearbyint((1 - c.dropout) * kKeepAll));
-    p.seeds = integers(seeds), p.seeds_stride = seeds.size() > 1;
+    p.seeds = integers(seeds), p.seeds_stride = seeds.size() > 1, p.dropout_batch = c.dropout_batch;
     return p;
   }
 
@@ -496,6 +497,7 @@ Case random_case(DType dtype) {
   if (c.poison && *c.mask) c.mask = "bhij";
   c.scales = per(), c.sinks = per(), c.slopes = per(), c.table = per();
   c.similarity = Similarity(below(3)), c.hard = one_in(5);
+  c.dropout_batch = between(1, c.B);
   if (one_in(3)) c.dropout = 0.4;
   if (c.hard) {
     c.scale = 0.25;

@@ -80,8 +80,8 @@ struct DefinedRow {
 
   double dropout(int64_t j) const {
     if (p.keep == kKeepAll) return 1;
-    const auto words =
-        philox({uint32_t(j / 8), uint32_t(i), uint32_t(h), uint32_t(b)}, uint64_t(p.seeds[b * p.seeds_stride]));
+    const auto words = philox({uint32_t(j / 8), uint32_t(i), uint32_t(h), uint32_t(b % p.dropout_batch)},
+                              uint64_t(p.seeds[b * p.seeds_stride]));
     const uint32_t random = words[size_t(j % 8 / 2)] >> (16 * (j % 2)) & 0xffff;
     return random < p.keep ? 65536.0 / p.keep : 0;
   }

@@ -52,16 +52,16 @@ HEEDFUL_FN C scale_of(const Problem& p, int64_t b, int64_t h) {
   return p.scales.data ? static_cast<const C*>(p.scales.data)[b * p.scales.batch_stride + h] : C(p.scale);
 }
 
-// The factor of q on loading.
+// The factor of q on loading. Hard attention scales the products instead: equal ones have to stay equal.
 template <class C>
 HEEDFUL_FN C query_scale(const Problem& p, int64_t b, int64_t h) {
-  return scales_first(p) ? scale_of<C>(p, b, h) : C(1);
+  return scales_first(p) && p.normalizer != Normalizer::hard ? scale_of<C>(p, b, h) : C(1);
 }
 
 // Whether every pair of the tile keeps the score that the product gave.
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
   return !p.mask.data && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 &&
-         band.covers(t.i0, t.i1, t.j0, t.j1);
+         p.normalizer != Normalizer::hard && band.covers(t.i0, t.i1, t.j0, t.j1);
 }
 
 // A tile's worth of what scores are made of: rows x width. Null where a feature is absent.
@@ -142,6 +142,11 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
   const int64_t rows = queries_in_lanes ? keys : queries, lanes = queries_in_lanes ? queries : keys;
   const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
+  if (p.normalizer == Normalizer::hard) {
+    const Vec<C> scale = broadcast<C>(scale_of<C>(p, t.b, t.h));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < width; l += n) store(s + r * stride + l, load(s + r * stride + l) * scale);
+  }
   if (p.softcap != 0) {
     cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
     if (!banded && !t.bits && !parts.mask && !parts.bias && !parts.distances) return;

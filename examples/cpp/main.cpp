@@ -3,8 +3,10 @@
 //   main block.pt2 expected.pt
 //
 // Nothing of heedful is included: libheedful.so, which this program is linked with, registers the operators with torch.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
@@ -31,7 +33,7 @@ std::vector<c10::IValue> call(const std::string& name, const std::map<std::strin
 }
 
 void expect_close(const char* what, const at::Tensor& got, const at::Tensor& expected) {
-  const double error = (got - expected).abs().max().item<double>();
+  const double error = got.sub(expected).abs().max().item().toDouble();
   std::printf("%-40s largest difference %.1e\n", what, error);
   if (!(error < 1e-5)) throw std::runtime_error(std::string(what) + ": expected a difference below 1e-5");
 }
@@ -52,7 +54,7 @@ void run_model(const std::string& model, const std::string& cases) {
 void call_operator() {
   const at::Tensor q = at::randn({2, 8, 50, 32}), k = at::randn({2, 2, 50, 32}), v = at::randn({2, 2, 50, 16});
   const at::Tensor out = call("attention_forward", {{"q", q}, {"k", k}, {"v", v}, {"right", 0}})[0].toTensor();
-  const at::Tensor scores = q.matmul(k.repeat_interleave(4, 1).mT()) / std::sqrt(32.0);
+  const at::Tensor scores = q.matmul(k.repeat_interleave(4, 1).mT()).div(std::sqrt(32.0));
   const at::Tensor above = at::ones({50, 50}, at::kBool).triu(1);
   const at::Tensor weights = scores.masked_fill(above, -INFINITY).softmax(-1);
   expect_close("heedful::attention_forward", out, weights.matmul(v.repeat_interleave(4, 1)));

@@ -73,6 +73,9 @@ def _lower_mask(
     if offsets is not None:
         lengths = offsets[0].diff(), offsets[1].diff()
         if any(not part.native for part in mask._conjuncts()):  # else no size is needed, and a GPU not waited for
+            if torch.compiler.is_compiling():  # as a whole graph; without fullgraph=True this part runs uncompiled
+                expected = "Causal, SlidingWindow, lengths or a tensor where packed sequences are compiled"
+                raise _error(NotImplementedError, "mask", expected, repr(mask), "varlen_attention")
             q_length, k_length = (int(n.max()) if batch else 0 for n in lengths)
     return mask.lower(q_length, k_length, batch, heads, q, align, lengths)
 

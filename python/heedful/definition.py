@@ -43,7 +43,7 @@ OPTIONS = {
     "similarity": "dot",
     "normalizer": "softmax",
     "dropout_p": 0.0,
-    "dropout_batch": 0,
+    "dropout_batch": 0,  # where vmap has made one batch of several, dropout counts sequences modulo this
 }
 EPS = 1e-8  # cosine: norms are no less
 _MASKING = ("mask", "tiles", "bits", "q_lengths", "k_lengths", "q_starts")

@@ -67,7 +67,7 @@ class SlidingWindow(Mask):
     def bound(self, grid: Grid) -> Bound:
         (least, most), bound = grid.distances, super().bound(grid)
         if self.left is not None:
-            bound &= Bound(most >= -self.left, least >= -self.left)
+            bound = bound & Bound(most >= -self.left, least >= -self.left)
         return bound if self.right is None else bound & Bound(least <= self.right, most <= self.right)
 
     def __repr__(self) -> str:

@@ -1,14 +1,15 @@
 """heedful against torch's built-in attention: every operator, in every dtype, forward and gradients.
 
-Each check computes the same thing twice: with heedful and with plain torch. Errors are taken against torch in float64,
-on the very inputs that the dtype holds. What is allowed is what torch's own operator does in that dtype: twice its
-largest error, plus a rounding of the result's largest value. Gradients are also checked by torch.autograd.gradcheck, in
-float64.
+Each check computes the same thing twice: with heedful and with plain torch; with heedful.reference where torch's own
+operator has no such option. Errors are taken against float64, on the very inputs that the dtype holds. What is allowed
+is what torch's operator, or the reference, does in that dtype: twice its largest error, plus a rounding of the result's
+largest value. Gradients are also checked by torch.autograd.gradcheck, in float64.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ class Check:
     shapes: dict[str, tuple[int, ...]]
     ours: Callable[[Tensors], Tensors]
     torchs: Callable[[Tensors], Tensors]
+    by_reference: bool = False  # `torchs` is heedful.reference
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Result:
     dtype: torch.dtype
     error: float
     allowed: float
-    rms_ratio: float = math.nan  # root mean square error over that of torch's operator; NaN where torch is exact
+    rms_ratio: float = math.nan  # root mean square error over that of torch's operator; NaN where there is none
     note: str = ""
 
     @property
@@ -95,6 +97,8 @@ def checks(n: Sizes = LARGE) -> list[Check]:
     causal, window = key <= position, (key >= position - left) & (key <= position + right)
     padding = (key < lengths[:, None])[:, None, None, :]
     masks = heedful.SlidingWindow(left, right) & heedful.KeyLengths(lengths)
+    blocks = heedful.Global(3) | heedful.Dilated(n.keys // 8, 0, 2)
+    by_head = {"x": (n.heads,)}  # an input for one of the options
 
     return [
         _attention("full", plain, {}, {}),
@@ -112,6 +116,25 @@ def checks(n: Sizes = LARGE) -> list[Check]:
             {"attn_mask": window & padding & dense, "enable_gqa": True, "scale": 0.3},
         ),
         Check("log-sum-exp", {"q": q, "k": k}, _lse, _torch_lse),
+        _attention("block mask", plain, {"mask": blocks}, {"attn_mask": blocks.to_dense(n.queries, n.keys)}),
+        _biased(
+            "ALiBi",
+            plain | by_head,
+            lambda x: heedful.ALiBi(x.sigmoid() / 4),
+            lambda x: -x.sigmoid()[:, None, None] / 4 * (key - position).abs(),
+        ),
+        _biased(
+            "T5's relative bias",
+            plain | {"x": (8, n.heads)},
+            heedful.RelativeBias,
+            lambda x: heedful.RelativeBias(x).to_dense(n.queries, n.keys),
+        ),
+        _option("softcap", grouped, lambda x: {"softcap": 2.0}),
+        _option("sinks", grouped | by_head, lambda x: {"sinks": x["x"], "mask": masks}),
+        _option("cosine, scaled by head", grouped | by_head, lambda x: {"similarity": "cosine", "scale": x["x"]}),
+        _option("Gaussian", grouped | by_head, lambda x: {"similarity": heedful.Gaussian(6.0 + x["x"])}),
+        _option("dropout", grouped, lambda x: {"dropout_p": 0.3, "seed": 1}),
+        _packed("packed sequences, causal", n),
         _drop_in("scaled_dot_product_attention", square, is_causal=True),
         _drop_in("  with a mask, grouped", grouped, attn_mask=dense, enable_gqa=True),
         _module("nn.MultiheadAttention, swapped", n),
@@ -132,6 +155,49 @@ def _attention(name: str, shapes: dict[str, tuple[int, ...]], ours: dict, torchs
         return {"out": F.scaled_dot_product_attention(x["q"], x["k"], x["v"], **options)}
 
     return Check(name, shapes, run_ours, run_torchs)
+
+
+def _biased(
+    name: str, shapes: dict[str, tuple[int, ...]], bias: Callable[[Tensor], heedful.Bias], dense: Callable[..., Tensor]
+) -> Check:
+    """heedful.attention with a bias made of the input x against scaled_dot_product_attention with a tensor."""
+    return Check(
+        name,
+        shapes,
+        lambda x: {"out": heedful.attention(x["q"], x["k"], x["v"], bias=bias(x["x"]))},
+        lambda x: {"out": F.scaled_dot_product_attention(x["q"], x["k"], x["v"], dense(x["x"]).to(x["q"].dtype))},
+    )
+
+
+def _option(name: str, shapes: dict[str, tuple[int, ...]], options: Callable[[Tensors], dict]) -> Check:
+    """heedful.attention against heedful.reference.attention, with the same options."""
+    return Check(
+        name,
+        shapes,
+        lambda x: {"out": heedful.attention(x["q"], x["k"], x["v"], **options(x))},
+        lambda x: {"out": heedful.reference.attention(x["q"], x["k"], x["v"], **options(x))},
+        by_reference=True,
+    )
+
+
+def _packed(name: str, n: Sizes) -> Check:
+    """heedful.varlen_attention against scaled_dot_product_attention of one sequence after the other."""
+    offsets = [0, n.queries // 3, n.queries]
+
+    def run_torchs(x: Tensors) -> Tensors:
+        parts = ([x[m][a:b].transpose(0, 1) for m in "qkv"] for a, b in itertools.pairwise(offsets))
+        return {
+            "out": torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts], 1).transpose(
+                0, 1
+            )
+        }
+
+    return Check(
+        name,
+        {m: (n.queries, n.heads, n.dim) for m in "qkv"},
+        lambda x: {"out": heedful.varlen_attention(x["q"], x["k"], x["v"], offsets, mask=heedful.Causal())},
+        run_torchs,
+    )
 
 
 def _lse(x: Tensors) -> Tensors:
@@ -201,7 +267,7 @@ def _compare(check: Check, dtype: torch.dtype) -> list[Result]:
         ours = _with_gradients(check.ours, inputs, cotangents)
     except Exception as error:  # reported as the failure that it is
         return [Result(check.name, "run", dtype, math.inf, 0.0, note=_first_line(error))]
-    return [_judge(check.name, name, dtype, ours[name], torchs[name], exact[name]) for name in exact]
+    return [_judge(check, name, dtype, ours[name], torchs[name], exact[name]) for name in exact]
 
 
 def _with_gradients(function: Callable[[Tensors], Tensors], inputs: Tensors, cotangents: Tensors) -> Tensors:
@@ -213,16 +279,16 @@ def _with_gradients(function: Callable[[Tensors], Tensors], inputs: Tensors, cot
     return {name: out.detach() for name, out in outputs.items()} | {f"d{name}": g for name, g in zip(leaves, gradients)}
 
 
-def _judge(check: str, tensor: str, dtype: torch.dtype, ours: Tensor, torchs: Tensor, exact: Tensor) -> Result:
+def _judge(check: Check, tensor: str, dtype: torch.dtype, ours: Tensor, torchs: Tensor, exact: Tensor) -> Result:
     if ours.shape != exact.shape:
         note = f"expected the shape {list(exact.shape)}, got {list(ours.shape)}"
-        return Result(check, tensor, dtype, math.inf, 0.0, note=note)
+        return Result(check.name, tensor, dtype, math.inf, 0.0, note=note)
     our_error, torch_error = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
     rounding = torch.finfo(dtype).eps * exact.abs().max().item()
     allowed = 2 * torch_error.max().item() + ROUNDINGS[dtype] * rounding
     rms = torch_error.square().mean().sqrt().item()
-    ratio = our_error.square().mean().sqrt().item() / rms if rms > 0 else math.nan
-    return Result(check, tensor, dtype, our_error.max().item(), allowed, ratio)
+    ratio = our_error.square().mean().sqrt().item() / rms if rms > 0 and not check.by_reference else math.nan
+    return Result(check.name, tensor, dtype, our_error.max().item(), allowed, ratio)
 
 
 def _gradcheck(check: Check) -> Result:

@@ -36,8 +36,7 @@ def merge_states(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor
     some = there.any(0)
     s = torch.where(there, lses.to(work), -torch.inf)
     lse = torch.where(some, s, 0).logsumexp(0)
-    weights = torch.where(there, torch.exp(s - lse), 0)[..., None]
-    out = (weights * torch.where(there[..., None], outs.to(work), 0)).sum(0)
+    out = (torch.exp(s - lse)[..., None] * torch.where(there[..., None], outs.to(work), 0)).sum(0)
     return out.to(outs.dtype), torch.where(some, lse, -torch.inf).to(lses.dtype)
 
 
