@@ -18,7 +18,7 @@ from .arguments import checked_offsets, lower, straight_through
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`heedful.attention`, with the same options, results and errors."""
+    """:func:`heedful.attention`, with the same options and results."""
     out, lse = _forward(q, k, v, lower(q, k, **options))
     return (out, lse) if return_lse else out
 
@@ -33,7 +33,7 @@ def varlen_attention(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`heedful.varlen_attention`, with the same options, results and errors."""
+    """:func:`heedful.varlen_attention`, with the same options and results."""
     q, k, v = varlen.packed(q), varlen.packed(k), varlen.packed(v)
     offsets = checked_offsets(q_offsets, k_offsets, q)
     out, lse = (varlen.unpacked(x) for x in _forward(q, k, v, lower(q, k, **options, offsets=offsets)))

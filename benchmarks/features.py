@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""What each score feature costs beside the plain kernel, what empty tiles save, and what memory a long call takes.
+
+    python benchmarks/features.py cost [--threads N] [--repeats N]      time over that of the plain call
+    python benchmarks/features.py blocks [--threads N] [--repeats N]    time against the share of tiles kept
+    python benchmarks/features.py memory                                peak memory beyond the inputs, a process a row
+
+Each prints Markdown tables. Calls are timed in turns in one process, so that they meet the same noise; the best of
+several counts. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from beside_torch import cpu_name, in_turns
+from torch import Tensor
+
+import heedful
+
+SIZES = {"B": 1, "H": 4, "S": 4096, "D": 64}
+LONG = {"B": 1, "H": 2, "S": 16384, "D": 64}
+MIB = 2**20
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
+def features(H: int, S: int) -> dict[str, tuple[Callable[[], dict], list[Tensor]]]:
+    """By name: the options of a call, made anew for each, and the parameters among them that want a gradient."""
+    slopes, table, sinks, scale, bandwidth = leaf(H), leaf(32, H), leaf(H), leaf(H), torch.full((H,), 8.0)
+    bandwidth.requires_grad_()
+    return {
+        "plain": (dict, []),
+        "softcap": (lambda: {"softcap": 30.0}, []),
+        "ALiBi": (lambda: {"bias": heedful.ALiBi(slopes)}, [slopes]),
+        "T5's bias": (lambda: {"bias": heedful.RelativeBias(table)}, [table]),
+        "sinks": (lambda: {"sinks": sinks}, [sinks]),
+        "dropout": (lambda: {"dropout_p": 0.1, "seed": 1}, []),
+        "scale per head": (lambda: {"scale": scale}, [scale]),
+        "cosine": (lambda: {"similarity": "cosine", "scale": 10.0}, []),
+        "Gaussian": (lambda: {"similarity": heedful.Gaussian(bandwidth)}, [bandwidth]),
+        "hard": (lambda: {"normalizer": "hard"}, []),
+    }
+
+
+def timed(repeats: int, calls: list[tuple[Callable[[], dict], list[Tensor]]], H: int, S: int, D: int, B: int) -> list:
+    """Seconds of each call, forward and backward."""
+    q, k, v = (torch.randn(B, H, S, D).requires_grad_() for _ in range(3))
+    gradient, graphs = torch.randn(B, H, S, D), []
+
+    def forward(options: Callable[[], dict]) -> Tensor:
+        return heedful.attention(q, k, v, **options())
+
+    def backward(graph: Tensor, parameters: list[Tensor]) -> None:
+        torch.autograd.grad(graph, [q, k, v, *parameters], gradient, retain_graph=True, allow_unused=True)
+
+    graphs = [(forward(options), parameters) for options, parameters in calls]
+    with torch.no_grad():
+        forwards = in_turns(repeats, *(lambda o=options: forward(o) for options, _ in calls))
+    return list(zip(forwards, in_turns(repeats, *(lambda g=graph: backward(*g) for graph in graphs)), strict=True))
+
+
+def cost(repeats: int) -> None:
+    for mask in (None, heedful.Causal()):
+        every = features(SIZES["H"], SIZES["S"])
+        calls = [(lambda o=options: {"mask": mask, **o()}, parameters) for options, parameters in every.values()]
+        times = timed(repeats, calls, **SIZES)
+        print(f"\n| {'full' if mask is None else 'causal'} | forward, ms | x plain | backward, ms | x plain |")
+        print("|---|---|---|---|---|")
+        for name, (forward, backward) in zip(every, times, strict=True):
+            ratios = forward / times[0][0], backward / times[0][1]
+            print(f"| {name} | {forward * 1e3:.1f} | {ratios[0]:.2f} | {backward * 1e3:.1f} | {ratios[1]:.2f} |")
+
+
+def blocks(repeats: int) -> None:
+    tiles, generator = SIZES["S"] // 64, torch.Generator().manual_seed(0)
+    shares, calls = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0), [(dict, [])]
+    order = torch.randperm(tiles * tiles, generator=generator)
+    for share in shares:
+        kept = (order < share * tiles * tiles).view(tiles, tiles)
+        dense = kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
+        mask = heedful.BlockMask.from_tensor(dense)
+        calls.append((lambda mask=mask: {"mask": mask}, []))
+    times = timed(repeats, calls, **SIZES)
+    print("\n| tiles kept | forward, ms | x no mask | backward, ms | x no mask |\n|---|---|---|---|---|")
+    for name, (forward, backward) in zip(("no mask", *(f"{share:.1%}" for share in shares)), times, strict=True):
+        ratios = forward / times[0][0], backward / times[0][1]
+        print(f"| {name} | {forward * 1e3:.1f} | {ratios[0]:.3f} | {backward * 1e3:.1f} | {ratios[1]:.3f} |")
+
+
+def long_biases() -> dict[str, Callable[[], object]]:
+    """Biases that broadcast, at LONG's sizes."""
+    B, H, S = LONG["B"], LONG["H"], LONG["S"]
+    return {
+        "none": lambda: None,
+        "[1, 1, 1, Sk]": lambda: leaf(1, 1, 1, S),
+        "[B, 1, 1, Sk]": lambda: leaf(B, 1, 1, S),
+        "[1, Hq, 1, Sk]": lambda: leaf(1, H, 1, S),
+        "[1, Hq, Sq, 1]": lambda: leaf(1, H, S, 1),
+        "[1, Hq, 1, 1]": lambda: leaf(1, H, 1, 1),
+        "ALiBi, slopes [Hq]": lambda: heedful.ALiBi(leaf(H)),
+        "T5's table [32, Hq]": lambda: heedful.RelativeBias(leaf(32, H)),
+        "table of 2049 distances [2049, Hq]": lambda: heedful.RelativeBias.clipped(leaf(2049, H)),
+    }
+
+
+def long_call(name: str) -> None:
+    """One row of the table of memory, in this process alone."""
+    B, H, S, D = LONG.values()
+    q, k, v = (torch.randn(B, H, S, D).requires_grad_() for _ in range(3))
+    small = [torch.randn(1, H, 64, D).requires_grad_() for _ in range(3)]
+    heedful.attention(*small).sum().backward()  # what torch takes at its first call is not the call's
+    bias = long_biases()[name]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    heedful.attention(q, k, v, bias=bias).sum().backward()
+    seconds = time.perf_counter() - start
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"| {name} | {peak:.0f} | {B * H * S * S * 4 / MIB:.0f} | {seconds:.1f} |")
+
+
+def memory() -> None:
+    print(f"\nInputs, out and gradients: {7 * LONG['B'] * LONG['H'] * LONG['S'] * LONG['D'] * 4 / MIB:.0f} MiB.")
+    print("\n| bias that wants a gradient | peak, MiB | Sq x Sk scores, MiB | seconds |\n|---|---|---|---|", flush=True)
+    for name in long_biases():
+        subprocess.run([sys.executable, __file__, "memory", "--row", name], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cost", "blocks", "memory"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.row:
+        return long_call(args.row)
+    kernel = heedful.explain(*(torch.empty(1, 1, 1, 8),) * 3).kernel
+    sizes = LONG if args.what == "memory" else SIZES
+    print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {args.threads} threads, torch {torch.__version__}, {kernel}")
+    print(f"float32, {' x '.join(f'{name} {n}' for name, n in sizes.items())}")
+    {"cost": cost, "blocks": blocks}[args.what](args.repeats) if args.what != "memory" else memory()
+    return None
+
+
+if __name__ == "__main__":
+    main()
