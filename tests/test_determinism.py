@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 import cases
+import table
 from backends import Backend
-from cases import Case, Problem, build, causal
+from cases import Case, Problem, build, causal, packed
 
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
@@ -26,7 +28,15 @@ CASES = (
     Case((3, 4, 2, 70, 90, 16, 16), bias="", left=30, right=5, q_start=20),
     Case((4, 2, 2, 257, 300, 16, 16), bias="qk", k_lengths=(300, 1, 0, 190), q_lengths=(257, 200, 7, 64)),
     Case((1, 2, 1, 900, 70, 16, 16), bias="bhqk"),
+    Case((2, 4, 2, 200, 700, 16, 16), **table.TOGETHER, right=400),
+    Case((1, 4, 2, 130, 1100, 8, 8), **table.TOGETHER, similarity="gaussian", wide=True),
+    causal((2, 2, 1, 300, 300, 16, 16), similarity="cosine", sinks="h", scales="h", slopes="h", table="h", reach=200),
+    Case((2, 4, 1, 300, 300, 16, 16), normalizer="hard", dropout_p=0.3, sinks="bh"),
+    packed((4, 2), (16, 8), (300, 700), (1, 5), (0, 64), (130, 130), **table.TOGETHER, right=9),
 )
+
+
+WITHOUT_DROPOUT = {name: options for name, options in table.FEATURES.items() if name != "dropout"}
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
@@ -50,11 +60,12 @@ def chosen(problem: Problem, order: list[int]) -> Problem:
     """The problem whose batch holds the sequences `order` of this one, in that order."""
     batch = problem.case.sizes[0]
 
-    def pick(x: Any) -> Any:
-        return x[order] if isinstance(x, Tensor) and x.shape[0] == batch else x
+    def pick(name: str, x: Any) -> Any:
+        shared = not isinstance(x, Tensor) or name in ("bits", "buckets") or x.shape[0] != batch
+        return x if shared else x[order]
 
-    tensors = {name: pick(getattr(problem, name)) for name in ("q", "k", "v", "dout", "dlse")}
-    return replace(problem, **tensors, options={name: pick(x) for name, x in problem.options.items()})
+    tensors = {name: pick(name, getattr(problem, name)) for name in ("q", "k", "v", "dout", "dlse")}
+    return replace(problem, **tensors, options={name: pick(name, x) for name, x in problem.options.items()})
 
 
 PER_SEQUENCE = ("out", "lse", "dq", "dk", "dv")
@@ -71,6 +82,8 @@ PER_SEQUENCE = ("out", "lse", "dq", "dk", "dv")
         Case((5, 2, 1, 70, 150, 16, 24), bias="bk", mask="bhqk"),
         Case((5, 2, 1, 70, 150, 16, 24), q_starts=(0, 80, -30, 500, 7), left=60, right=0),
         Case((5, 2, 2, 129, 300, 16, 16), k_lengths=(300, 0, 1, 200, 129), q_lengths=(1, 129, 70, 64, 65)),
+        *(Case((5, 2, 1, 70, 150, 16, 24), **options, right=80) for options in WITHOUT_DROPOUT.values()),
+        Case((5, 2, 1, 129, 300, 8, 8), **table.TOGETHER | {"dropout_p": 0.0}, q_starts=(0, 80, -30, 500, 7)),
     ],
     ids=str,
 )
@@ -86,14 +99,75 @@ def test_any_company_in_the_batch(case: Case, dtype: torch.dtype, backend: Backe
 
 
 @DTYPES
+def test_any_company_under_dropout(dtype: torch.dtype, backend: Backend) -> None:
+    """Where a sequence stands decides which pairs it loses, and who else is there does not."""
+    problem = build(Case((5, 2, 1, 70, 150, 16, 24), dropout_p=0.3, seeds=True), dtype, backend.device)
+    whole = problem.results()
+    for order in ([0], [0, 1, 2], [3, 1, 4]):
+        some, same = chosen(problem, order).results(), [n for n, b in enumerate(order) if n == b]
+        assert not [name for name in PER_SEQUENCE if not torch.equal(some[name][same], whole[name][same])]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["", *WITHOUT_DROPOUT])
+def test_any_place_among_packed_sequences(name: str, dtype: torch.dtype, backend: Backend, threads: None) -> None:
+    """Packed in another order and beside others, on another number of threads, a sequence has the same bits."""
+    options = table.FEATURES[name] if name else {}
+    if "tiles" in options:  # the same for all: a sequence's own would have to move with it
+        options = {"tiles": "h"}
+    lengths = ((70, 130), (33, 290), (1, 64))
+    problem = build(packed((2, 1), (16, 8), *lengths, **options, right=20), dtype, backend.device)
+    first = split(problem.results(), lengths)
+    for count, order in ((2, [2, 0, 1]), (3, [1, 2, 1, 0, 0])):
+        torch.set_num_threads(count)
+        again = repacked(problem, lengths, order)
+        some = split(again.results(), [lengths[b] for b in order])
+        assert not [(n, b) for n, b in enumerate(order) if differing(first[b], some[n])]
+
+
+def split(results: dict[str, Tensor], lengths: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    """The results of each packed sequence."""
+    parts = {name: results[name].split([n[name in ("dk", "dv")] for n in lengths], dim=2) for name in PER_SEQUENCE}
+    return [{name: part[b] for name, part in parts.items()} for b in range(len(lengths))]
+
+
+def repacked(problem: Problem, lengths: Sequence[tuple[int, int]], order: list[int]) -> Problem:
+    """The problem that holds the packed sequences `order` of this one."""
+    options = dict(problem.options)
+    tensors = {}
+    for n, (side, names) in enumerate({"q_offsets": ("q", "dout", "dlse"), "k_offsets": ("k", "v")}.items()):
+        sizes = [length[n] for length in lengths]
+        for name in names:
+            parts = getattr(problem, name).split(sizes, dim=2)
+            tensors[name] = torch.cat([parts[b] for b in order], 2)
+        options[side] = torch.tensor([0, *(sizes[b] for b in order)], device=problem.q.device).cumsum(0)
+    return replace(problem, **tensors, options=options)
+
+
+FULL = {"full": {}, "causal": {"right": 0}, "window": {"left": 40, "right": 3}}
+OF_LENGTHS = {name: options for name, options in WITHOUT_DROPOUT.items() if name != "tiles"}
+
+
+@DTYPES
 @pytest.mark.parametrize("lengths", [(70, 150), (1, 64), (64, 65), (100, 300), (5, 5), (130, 1), (20, 700)], ids=str)
-@pytest.mark.parametrize("band", [{}, {"right": 0}, {"left": 40, "right": 3}], ids=["full", "causal", "window"])
-def test_any_padding(band: dict, lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("band", FULL)
+def test_any_padding(band: str, lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
     """A sequence of given lengths has the same bits whatever it is padded to and however long its neighbours are."""
+    check_padding(FULL[band], lengths, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+@pytest.mark.parametrize("lengths", [(70, 150), (5, 65)], ids=str)
+@pytest.mark.parametrize("name", OF_LENGTHS)
+def test_any_padding_beside_features(name: str, lengths: tuple, dtype: torch.dtype, backend: Backend) -> None:
+    check_padding(OF_LENGTHS[name] | {"right": 20}, lengths, dtype, backend)
+
+
+def check_padding(options: dict[str, Any], lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
     (queries, keys), (most_queries, most_keys) = lengths, (200, 400 + 2 * lengths[1])
     others = ((most_queries, most_keys), (0, 0), (31, 7))
     longest = Case(
-        (4, 2, 1, most_queries, most_keys, 16, 8), **band,
+        (4, 2, 1, most_queries, most_keys, 16, 8), **options,
         q_lengths=(queries, *(q for q, _ in others)), k_lengths=(keys, *(k for _, k in others)),
         q_starts=(keys - queries, *(k - q for q, k in others)),
     )  # fmt: skip

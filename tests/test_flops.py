@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import heedful
 from heedful import ALiBi, Causal, Documents, Gaussian, KeyLengths
 
 OPS = torch.ops.heedful
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 SIZES = ((2, 3, 3, 5, 7, 4, 4), (1, 4, 2, 9, 9, 8, 8), (2, 4, 1, 1, 33, 16, 16), (2, 2, 2, 4, 6, 8, 3))
 
 
@@ -43,7 +45,9 @@ def test_as_torchs(sizes: tuple[int, ...]) -> None:
     want = sdpa_flop_count(*shapes), sdpa_backward_flop_count(dout, *shapes)
     assert count(heedful.attention, q, k, v) == want
     assert count(heedful.scaled_dot_product_attention, q, k, v, enable_gqa=True) == want
-    if sizes[-1] == sizes[-2]:  # else torch attends in two products, and reuses the scores in backward
+    with sdpa_kernel(SDPBackend.MATH):  # two products, whose scores backward need not compute again
+        assert count(scaled_dot_product_attention, q, *of_all_heads)[0] == want[0]
+    if FUSED in flop_registry and sizes[-1] == sizes[-2]:  # what torch 2.10 does not count, and what is not fused
         assert count(scaled_dot_product_attention, q, *of_all_heads) == want
 
 
@@ -68,7 +72,8 @@ def test_by_operator_and_module() -> None:
     x = torch.randn(3, 7, 16, requires_grad=True)
     before = count(model, x)
     heedful.swap(model)
-    assert count(model, x) == before
+    if FUSED in flop_registry:
+        assert count(model, x) == before
     with FlopCounterMode(display=False) as mode:
         model(x).sum().backward()
     counts = mode.get_flop_counts()["TransformerEncoderLayer.self_attn"]

@@ -312,3 +312,15 @@ def test_compiled_nested() -> None:
         results.append([out.values(), *(g.values() for g in grads)])
     for got, want in zip(*results):
         torch.testing.assert_close(got, want)
+
+
+def test_compiled_packed_with_blocks_of_the_longest_sequences() -> None:
+    """Their number is not known to a graph: an error with fullgraph, and else that part runs uncompiled."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, start: Tensor, k_start: Tensor) -> Tensor:
+        return heedful.varlen_attention(q, k, v, start, k_start, mask=PrefixLM(1))
+
+    arguments = *packed(), torch.tensor(Q_OFFSETS), torch.tensor(K_OFFSETS)
+    with pytest.raises(Exception, match="mask: expected Causal, SlidingWindow, lengths or a tensor .*PrefixLM"):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(torch.compile(function, backend="aot_eager")(*arguments), function(*arguments))

@@ -8,6 +8,7 @@
 // state and goes over a key block on its own, while the key block stays in the cache for all of them.
 #pragma once
 
+#include "decode.h"
 #include "embedding.h"
 #include "kernels.h"
 #include "microkernel.h"
@@ -55,15 +56,16 @@ struct Forward {
 
   static void plan(const Problem& p, Plan* plan) {
     Scratch s;
-    plan->phases[0] = {p.B * p.Hq * blocks(p), &run};
-    plan->phase_count = 1;
+    plan->phase_count = 0;
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = 0;
+    if (may_decode(p)) Decode<S>::plan(p, plan);
+    if (!may_decode(p) || p.Sq > kFewQueries) plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
   }
 
   static void run(const Problem& p, int64_t task, void* scratch) {
     const Forward f = of_task(p, task, scratch);
-    if (f.i0 >= f.i1) return;
+    if (f.i0 >= f.i1 || decodes(p, f.band)) return;
     f.load_queries();
     f.attend(false);
     if (f.s.best) return f.store_best();

@@ -122,6 +122,7 @@ struct Case {
   bool poison = false;     // NaN wherever no pair may look
   bool zero_rows = false;  // a row of zeros in q and in k
   bool wanted = true;      // gradients of bias and parameters
+  bool dlse = true;        // a gradient arrives at lse
   int64_t start = 0, left = kUnbounded, right = kUnbounded;
   Dims mask = "", tiles = "", bias = "";
   bool bias_f32 = false;
@@ -143,7 +144,8 @@ inline std::string describe(const Case& c) {
   };
   add("B", c.B), add("Hq", c.Hq), add("Hk", c.Hk), add("Sq", c.Sq), add("Sk", c.Sk), add("D", c.D), add("Dv", c.Dv);
   add("layout", int(c.layout)), add("packed", c.packed), add("lengths", c.lengths), add("starts", c.starts);
-  add("poison", c.poison), add("zero_rows", c.zero_rows), add("unwanted", !c.wanted), add("start", c.start);
+  add("poison", c.poison), add("zero_rows", c.zero_rows), add("unwanted", !c.wanted), add("no dlse", !c.dlse),
+      add("start", c.start);
   if (c.left != kUnbounded) text += " left " + std::to_string(c.left);
   if (c.right != kUnbounded) text += " right " + std::to_string(c.right);
   add_dims("mask", c.mask), add_dims("tiles", c.tiles), add_dims("bias", c.bias), add("bias_f32", c.bias_f32);
@@ -167,10 +169,8 @@ struct Call {
     place_sequences();
     const DType compute = c.dtype == DType::f64 ? DType::f64 : DType::f32;
     const int64_t B = c.packed ? 1 : c.B;
-    q = dout = out = dq = Array(c.dtype, {B, c.Hq, q_rows, c.D}, c.layout);
-    k = dk = Array(c.dtype, {B, c.Hk, k_rows, c.D}, c.layout);
-    v = dv = Array(c.dtype, {B, c.Hk, k_rows, c.Dv}, c.layout);
-    dout = Array(c.dtype, {B, c.Hq, q_rows, c.Dv}, c.layout);
+    q = Array(c.dtype, {B, c.Hq, q_rows, c.D}, c.layout), dout = Array(c.dtype, {B, c.Hq, q_rows, c.Dv}, c.layout);
+    k = Array(c.dtype, {B, c.Hk, k_rows, c.D}, c.layout), v = Array(c.dtype, {B, c.Hk, k_rows, c.Dv}, c.layout);
     // Results lie by rows.
     const Layout by_rows = c.layout == Layout::columns ? Layout::rows : c.layout;
     out = Array(c.dtype, dout.shape, by_rows), dq = Array(c.dtype, q.shape, by_rows);
@@ -183,6 +183,7 @@ struct Call {
     scales = parameter(c.scales, 1), sinks = parameter(c.sinks, 1);
     slopes = parameter(c.slopes, 1), table = parameter(c.table, table_rows);
     for (Array* x : {&q, &k, &v, &dout, &dlse, &bias, &scales, &sinks, &slopes, &table}) fill(*x);
+    slopes.for_each([&](const Shape& at) { slopes.set(at, slopes.get(at) / 16); });
     bias.for_each([&](const Shape& at) {
       if (one_in(8)) bias.set(at, -INFINITY);
     });
@@ -228,7 +229,7 @@ struct Call {
     p.q_rows = q_rows, p.k_rows = k_rows;
     p.q = q.view(), p.k = k.view(), p.v = v.view(), p.out = out.view(), p.lse = lse.bytes.data();
     p.dout = dout.view(), p.dq = dq.view(), p.dk = dk.view(), p.dv = dv.view();
-    p.dlse = {dlse.bytes.data(), {dlse.stride[1], dlse.stride[2], dlse.stride[3], 0}};
+    if (c.dlse) p.dlse = {dlse.bytes.data(), {dlse.stride[1], dlse.stride[2], dlse.stride[3], 0}};
     const auto integers = [](auto& x) { return x.empty() ? nullptr : x.data(); };
     p.q_offsets = integers(q_offsets), p.k_offsets = integers(k_offsets);
     p.q_lengths = integers(q_lengths), p.k_lengths = integers(k_lengths);
@@ -271,7 +272,8 @@ struct Call {
       c.Sq = c.Sk = 0;
       q_offsets = {2}, k_offsets = {1};
       for (int64_t b = 0; b < c.B; ++b) {
-        const int64_t queries = b == 1 ? 0 : between(1, most_queries), keys = b > 1 && b == c.B - 1 ? 0 : most_keys - b;
+        const int64_t queries = b == 1 ? 0 : between(1, most_queries),
+                      keys = b > 1 && b == c.B - 1 ? 0 : std::max<int64_t>(most_keys - b, 0);
         q_offsets.push_back(q_offsets.back() + queries), k_offsets.push_back(k_offsets.back() + keys);
         c.Sq = std::max(c.Sq, queries), c.Sk = std::max(c.Sk, keys);
       }
@@ -297,7 +299,7 @@ struct Call {
   // Rows past a length and outside every sequence; and the first query and key of each, which the mask then forbids.
   void poison() {
     const auto spoil = [&](const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths, int64_t rows,
-                           std::initializer_list<Array*> arrays) {
+                           bool first_exists, std::initializer_list<Array*> arrays) {
       for (Array* x : arrays)
         for (int64_t batch = 0; batch < x->shape[0]; ++batch)
           for (int64_t row = 0; row < x->shape[2]; ++row) {
@@ -305,15 +307,16 @@ struct Call {
             for (int64_t b = c.packed ? 0 : batch; b < (c.packed ? c.B : batch + 1); ++b) {
               const int64_t first = c.packed ? offsets[size_t(b)] : 0;
               const int64_t end = c.packed ? offsets[size_t(b) + 1] : rows, i = row - first;
-              exists |= i >= (*c.mask != 0) && row < end && (lengths.empty() || i < lengths[size_t(b)]);
+              exists |= i >= !first_exists && row < end && (lengths.empty() || i < lengths[size_t(b)]);
             }
             if (!exists) set_row(*x, batch, row, NAN);
           }
     };
     for (size_t x = 0; x < mask.size(); ++x)
       if (x % size_t(c.Sk) == 0 || x / size_t(c.Sk) % size_t(c.Sq) == 0) mask[x] = false;
-    spoil(q_offsets, q_lengths, c.Sq, {&q, &dout});
-    spoil(k_offsets, k_lengths, c.Sk, {&k, &v});
+    const bool masked = *c.mask, sunk = c.sinks != Per::none;  // a sink gets a gradient of queries without keys, too
+    spoil(q_offsets, q_lengths, c.Sq, !masked || sunk, {&q, &dout});
+    spoil(k_offsets, k_lengths, c.Sk, !masked, {&k, &v});
   }
 };
 

@@ -38,8 +38,8 @@ class Explanation:
 def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Explanation:
     """Which kernel :func:`heedful.attention` runs for these arguments, and why not the others. Nothing is computed.
 
-    The choice depends on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA. The options are those of
-    :func:`heedful.attention`, and are checked as there.
+    The choice depends on the options, on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA. The options are
+    those of :func:`heedful.attention`, and are checked as there.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -47,13 +47,15 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **opti
         if x.is_nested or x.dim() != 4:
             got = "a nested tensor" if x.is_nested else x.dim()
             raise RuntimeError(f"heedful.explain: {name}: expected 4 dimensions, got {got}")
-    lower(q, k, **options)
+    arguments = lower(q, k, **options)
+    features = [{"similarity": x, "normalizer": "hard"}.get(name, name) for name, x in arguments.items()]
     (b, hq, sq, d), (hk, sk), dv = q.shape, k.shape[1:3], v.shape[3]
     dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
     call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, {dtype} on {q.device}"
     call += "".join(f", {name} {_show(name, x)}" for name, x in options.items() if x is not None)
     try:
-        found = _info.explain(device=device, dtype=dtype, B=b, Hq=hq, Hk=hk, Sq=sq, Sk=sk, D=d, Dv=dv)
+        sizes = {"B": b, "Hq": hq, "Hk": hk, "Sq": sq, "Sk": sk, "D": d, "Dv": dv}
+        found = _info.explain(device=device, dtype=dtype, **sizes, features=features)
     except ValueError as error:  # a dtype that no kernel has
         return Explanation(call, None, None, {}, (f"every kernel: {error}",))
     return Explanation(call, found["kernel"], found["isa"], found["tiles"], tuple(found["reasons"]))

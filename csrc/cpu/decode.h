@@ -1,0 +1,302 @@
+// Attention forward of few queries over many keys (decoding): the time is that of reading K and V, which happens once
+// for all query heads that share them. A task is one chunk of keys of one key/value head; its rows are the queries of
+// every head of the group. K and V are read row by row, where they lie, with the head dim in vector lanes:
+//
+//   S[row][key]  = sum_d   Q[row][d] * K[key][d]       n keys at a time, whose lanes are added up by a transpose
+//   O[row][d]   += sum_key P[row][key] * V[key][d]     rescaled when a row's maximum rises
+//
+// Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order. Chunks are cut at multiples of kChunk,
+// so that they depend on the sequence alone.
+#pragma once
+
+#include "embedding.h"
+#include "kernels.h"
+#include "microkernel.h"
+#include "scores.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
+constexpr int64_t kFewQueries = 4;
+
+inline bool may_decode(const Problem& p) {
+  return p.normalizer == Normalizer::softmax && (p.Sq <= kFewQueries || p.q_lengths || p.q_offsets);
+}
+inline bool decodes(const Problem& p, const Band& band) {
+  return p.normalizer == Normalizer::softmax && band.queries <= kFewQueries;
+}
+
+template <class S>
+struct Decode {
+  using C = Compute<S>;
+  static constexpr int n = kLanes<C>;
+  static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
+  static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
+
+  // ---- plan ---------------------------------------------------------------------------------------------------------
+
+  static int64_t chunks(const Problem& p) { return most<int64_t>((p.Sk + kChunk - 1) / kChunk, 1); }
+  static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
+  static int64_t few(const Problem& p) { return least(p.Sq, kFewQueries); }
+  static int64_t most_rows(const Problem& p) { return heads_per_group(p) * few(p); }
+
+  // Of one chunk: [rows] each; a row is (head of the group, query).
+  struct Partial {
+    C *out, *maximum, *sum;  // out: [rows][padded Dv]
+  };
+  static Partial partial(const Problem& p, int64_t b, int64_t hk, int64_t chunk) {
+    const int64_t rows = most_rows(p), dim = padded<C>(p.Dv), parts = p.B * p.Hk * chunks(p);
+    const int64_t part = (b * p.Hk + hk) * chunks(p) + chunk;
+    Carver carve{static_cast<char*>(p.workspace)};
+    C* out = carve.template take<C>(parts * rows * dim);
+    C* maximum = carve.template take<C>(parts * rows);
+    C* sum = carve.template take<C>(parts * rows);
+    return {out + part * rows * dim, maximum + part * rows, sum + part * rows};
+  }
+  static size_t workspace_bytes(const Problem& p) {
+    const int64_t rows = p.B * p.Hk * chunks(p) * most_rows(p);
+    Carver carve{nullptr};
+    carve.template take<C>(rows * padded<C>(p.Dv));
+    carve.template take<C>(rows);
+    carve.template take<C>(rows);
+    return carve.size;
+  }
+
+  struct Scratch {
+    C *q, *scores, *k, *v;
+    ScoreParts<C> parts;
+  };
+  static size_t carve(const Problem& p, char* base, Scratch* s) {
+    const int64_t dim = padded<C>(embedded_dim(p));
+    Carver carve{base};
+    s->q = carve.take<C>(most_rows(p) * dim);
+    s->scores = carve.take<C>(most_rows(p) * kKeys);
+    s->k = in_place(p.k, p.D) && p.similarity == Similarity::dot ? nullptr : carve.take<C>(kKeys * dim);
+    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
+    s->parts = ScoreParts<C>(p, carve, few(p), kKeys, false);
+    return carve.size;
+  }
+
+  static bool in_place(const View& view, int64_t dim) {
+    return sizeof(S) == sizeof(C) && view.stride[3] == 1 && dim % n == 0;
+  }
+
+  // Adds its phases, scratch and workspace to a plan.
+  static void plan(const Problem& p, Plan* plan) {
+    Scratch s;
+    plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p), &run};
+    plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
+    plan->scratch_bytes = most(plan->scratch_bytes, carve(p, nullptr, &s));
+    plan->workspace_bytes = most(plan->workspace_bytes, workspace_bytes(p));
+  }
+
+  // ---- phase 1 ------------------------------------------------------------------------------------------------------
+
+  static void run(const Problem& p, int64_t task, void* scratch) {
+    const int64_t per_head = chunks(p), head = task / per_head, chunk = task % per_head;
+    const int64_t b = head / p.Hk, hk = head % p.Hk;
+    const Band band(p, b);
+    if (!decodes(p, band)) return;
+    Scratch s;
+    carve(p, static_cast<char*>(scratch), &s);
+    const Decode d{p, band, s, partial(p, b, hk, chunk), b, hk, chunk};
+    d.attend(false);
+    // As in the forward kernel: a masked V_j that is not finite shows in the result.
+    if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
+        !all_finite<C, C>(d.part.sum, 0, 1, 1, d.rows()))
+      d.attend(true);
+  }
+
+  const Problem& p;
+  const Band band;
+  const Scratch s;
+  const Partial part;
+  const int64_t b, hk, chunk;
+
+  int64_t rows() const { return heads_per_group(p) * band.queries; }
+  int64_t head(int64_t group) const { return hk * heads_per_group(p) + group; }
+
+  void attend(bool careful) const {
+    const int64_t dim = padded<C>(p.Dv);
+    for (int64_t x = 0; x < rows() * dim; ++x) part.out[x] = 0;
+    for (int64_t r = 0; r < rows(); ++r) {
+      part.maximum[r] = -kInfinity<C>;
+      part.sum[r] = 0;
+    }
+    if (band.queries == 0) return;
+    const int64_t first = most(band.first_key(0), chunk * kChunk);
+    const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
+    if (first >= end) return;
+    load_queries();
+    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += kKeys) attend_block(j0, least(j0 + kKeys, end), careful);
+  }
+
+  void load_queries() const {
+    const int64_t dim = padded<C>(embedded_dim(p)), queries = band.queries;
+    for (int64_t g = 0; g < heads_per_group(p); ++g) {
+      const C scale = query_scale<C>(p, b, head(g));
+      C* to = s.q + g * queries * dim;
+      load_tile<C>(to, dim,
+                   Source<S>{row_of<const S>(p.q, band.batch, head(g), band.q_row), p.q.stride[2], p.q.stride[3]},
+                   queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
+      embed_rows(p, Role::query, to, dim, queries, scale);
+    }
+  }
+
+  struct Rows {
+    const C* data;
+    int64_t stride;
+  };
+  Rows rows_of(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
+    const S* data = row_of<const S>(view, band.batch, hk, band.k_row + j0);
+    if constexpr (sizeof(S) == sizeof(C))
+      if (!packed) return {data, view.stride[2]};
+    load_tile<C>(packed, width, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width, C(1));
+    return {packed, width};
+  }
+
+  // Keys [j0, j1) of one tile of a block mask.
+  void attend_block(int64_t j0, int64_t j1, bool careful) const {
+    const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
+    bool any = !p.tiles.data;
+    for (int64_t g = 0; !any && g < heads_per_group(p); ++g) any = mask_tile(p, b, head(g), 0, j0) != kEmptyTile;
+    if (!any) return;
+    const int64_t dim = padded<C>(embedded_dim(p));
+    const Rows k = rows_of(p.k, s.k, p.D, dim, j0, j1);
+    if (s.k) embed_rows(p, Role::key, s.k, dim, keys, C(1));
+    const Rows v = rows_of(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+    for (int64_t j = 0; j < keys; j += n) score_keys(k, v, j, least<int64_t>(n, keys - j));
+    for (int64_t g = 0; g < heads_per_group(p); ++g) {
+      const int32_t tile = mask_tile(p, b, head(g), 0, j0);
+      finish_scores(Tile{b, head(g), 0, queries, j0, j1, mask_bits(p, tile)}, tile == kEmptyTile, g * queries, width,
+                    careful);
+    }
+    if (careful)
+      add_values_carefully(v, keys);
+    else
+      multiply<Onto::c, C, Unit::k>({s.scores, kKeys}, 0, rows(), v.data, v.stride, part.out, padded<C>(p.Dv),
+                                    padded<C>(p.Dv), part.out, WholeSum{keys});
+  }
+
+  // Products of all rows with up to n keys, beginning with the block's key j; those beyond `count` become 0.
+  HEEDFUL_FN void score_keys(const Rows& k, const Rows& v, int64_t j, int64_t count) const {
+    const int64_t dim = padded<C>(embedded_dim(p));
+    for (int64_t i = 0; i < count; ++i)  // V is next: its rows come into the second cache meanwhile
+      for (int64_t d = 0; d < p.Dv; d += 64 / int64_t(sizeof(C)))
+        __builtin_prefetch(v.data + (j + i) * v.stride + d, 0, 2);
+    const C* row[n];
+    for (int i = 0; i < n; ++i) row[i] = k.data + (j + (i < count ? i : 0)) * k.stride;
+    for (int64_t r = 0; r < rows(); ++r) {
+      const C* q = s.q + r * dim;
+      Vec<C> sum[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) sum[i] = Vec<C>{};
+      for (int64_t d = 0; d < dim; d += n) {
+        const Vec<C> x = load(q + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) sum[i] += x * load(row[i] + d);
+      }
+      transpose<C>(sum);
+      // In pairs, so that the chain of additions is short.
+#pragma GCC unroll 4
+      for (int step = 1; step < n; step *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i + step < n; i += 2 * step) sum[i] += sum[i + step];
+      store(s.scores + r * kKeys + j, sum[0]);
+    }
+  }
+
+  // Scores of one head's rows become probabilities relative to the new maximum, and the rows of O follow.
+  void finish_scores(const Tile& t, bool empty, int64_t row, int64_t width, bool careful) const {
+    const int64_t queries = band.queries, keys = t.j1 - t.j0, dim = padded<C>(p.Dv);
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
+    C* scores = s.scores + row * kKeys;
+    if (empty)
+      for (int64_t x = 0; x < queries * kKeys; ++x) scores[x] = -kInfinity<C>;
+    else if (!is_plain(p, band, t))
+      apply_scores<InLanes::keys>(p, band, t, scores, kKeys, width, s.parts);
+    if (s.parts.keep && !empty) load_keep<InLanes::keys>(s.parts.keep, width, p, t);
+    for (int64_t i = 0; i < queries; ++i) {
+      C *x = scores + i * kKeys, *out = part.out + (row + i) * dim;
+      for (int64_t j = keys; j < width; ++j) x[j] = -kInfinity<C>;
+      Vec<C> top = broadcast<C>(part.maximum[row + i]);
+      for (int64_t j = 0; j < width; j += n) top = maximum(load(x + j), top);
+      C highest = top[0];
+      for (int l = 1; l < n; ++l) highest = highest < top[l] ? top[l] : highest;
+      const Vec<C> reference = softmax_reference(broadcast<C>(highest), minus_infinity);
+      const Vec<C> factor = exp2_or_zero<C>((broadcast<C>(part.maximum[row + i]) - reference) * to_log2);
+      if (highest != part.maximum[row + i])
+        for (int64_t d = 0; d < dim; d += n) store(out + d, load(out + d) * factor);
+      Vec<C> sum = {};
+      for (int64_t j = 0; j < width; j += n) {
+        const Vec<C> score = load(x + j);
+        const auto absent = score == minus_infinity;
+        const Vec<C> y = select(absent, Vec<C>{}, exp2<C>((score - reference) * to_log2));
+        sum += y;
+        store(x + j, careful ? select(absent, broadcast<C>(C(-1)), y) : y);
+      }
+      part.maximum[row + i] = highest;
+      part.sum[row + i] = part.sum[row + i] * factor[0] + sum_lanes<C>(sum);
+    }
+    if (s.parts.keep && !empty) drop(scores, kKeys, s.parts.keep, width, queries);
+  }
+
+  // Absent pairs, marked by -1, are left out one by one.
+  void add_values_carefully(const Rows& v, int64_t keys) const {
+    const int64_t dim = padded<C>(p.Dv);
+    for (int64_t r = 0; r < rows(); ++r)
+      for (int64_t j = 0; j < keys; ++j) {
+        const C prob = s.scores[r * kKeys + j];
+        if (prob < 0) continue;
+        for (int64_t d = 0; d < p.Dv; ++d) part.out[r * dim + d] += prob * v.data[j * v.stride + d];
+      }
+  }
+
+  // ---- phase 2 ------------------------------------------------------------------------------------------------------
+
+  // out = sum of the chunks' O, each relative to the maximum of all, over the sum of their sums; a sink is one more
+  // sum.
+  static void join(const Problem& p, int64_t task, void*) {
+    const int64_t b = task / p.Hq, h = task % p.Hq, hk = h / heads_per_group(p), g = h % heads_per_group(p);
+    const Band band(p, b);
+    if (!decodes(p, band)) return;
+    const int64_t dim = padded<C>(p.Dv), parts = chunks(p);
+    const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
+    const double unit = score_unit(p);
+    C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
+    for (int64_t i = 0; i < band.q_rows; ++i) {
+      S* out = row_of<S>(p.out, band.batch, h, band.q_row + i);
+      const int64_t row = g * band.queries + i;
+      C top = sink, sum = 0;
+      const bool exists = i < band.queries;
+      // A NaN among the scores shows in the sums alone.
+      for (int64_t c = 0; exists && c < parts; ++c) top = most(top, partial(p, b, hk, c).maximum[row]);
+      const auto weight = [&](C maximum) {
+        const C reference = top == -kInfinity<C> ? C(0) : top;
+        return exp2_or_zero<C>(broadcast<C>((maximum - reference) * C(unit * kLog2e)))[0];
+      };
+      if (sink != -kInfinity<C>) sum = weight(sink);
+      for (int64_t c = 0; exists && c < parts; ++c) {
+        const Partial part = partial(p, b, hk, c);
+        sum += part.sum[row] * weight(part.maximum[row]);
+      }
+      if (!exists || (top == -kInfinity<C> && sum == sum)) {
+        lse[i] = -kInfinity<C>;
+        for (int64_t d = 0; d < p.Dv; ++d) from_compute(C(0), out + d);
+        continue;
+      }
+      lse[i] = C((top == -kInfinity<C> ? C(0) : top) * unit + log2<C>(broadcast<C>(sum))[0] * kLn2);
+      for (int64_t d = 0; d < dim; d += n) {
+        Vec<C> x = {};
+        for (int64_t c = 0; c < parts; ++c) {
+          const Partial part = partial(p, b, hk, c);
+          if (part.sum[row] != 0) x += load(part.out + row * dim + d) * weight(part.maximum[row]);
+        }
+        x = x / sum;
+        for (int64_t l = 0; l < least<int64_t>(n, p.Dv - d); ++l) from_compute(x[l], out + d + l);
+      }
+    }
+  }
+};
+
+}  // namespace heedful::HEEDFUL_TARGET
