@@ -149,7 +149,7 @@ WITH_FEATURES = (
     packed((2, 2), (8, 8), (5, 9), (64, 64), (65, 130), left=20, right=0, q_starts=(4, 0, 65), outside=3),
     packed((4, 1), (8, 8), (1, 100), (1, 300), (1, 5), layouts=(BSHD,), bias="bhk"),
     packed((2, 2), (8, 8), (40, 70), (9, 20), mask="bhqk", bias="hqk", q_lengths=(33, 99), k_lengths=(65, 7)),
-    packed((2, 1), (8, 8), (70, 130), (3, 64), bias="qk", layouts=("packed", "strided", "bhds", "scalar")),
+    packed((2, 1), (8, 8), (70, 130), (3, 64), bias="qk", layouts=("packed", "strided", "bhds", PLAIN)),
     packed((4, 2), (8, 8), (70, 130), (0, 5), (35, 64), **TOGETHER, similarity="gaussian", right=0, seeds=True),
     packed((2, 2), (4, 4), (0, 0), (0, 0), bias="bh", outside=2),
     # All at once.
@@ -193,7 +193,11 @@ EMPTY = (
     Case((2, 2, 1, 70, 150, 4, 4), bias="bhqk", holes=1.0),
     Case((2, 2, 1, 70, 70, 4, 4), left=-1, right=0),
     *(Case((2, 2, 1, 5, 0, 4, 4), **options) for name, options in FEATURES.items() if name != "sinks"),
-    *(Case((2, 2, 1, 70, 9, 4, 4), right=-9, **options) for name, options in FEATURES.items() if name != "sinks"),
+    *(
+        Case((2, 2, 1, 70, 9, 4, 4), right=0, q_start=-70, **options)
+        for name, options in FEATURES.items()
+        if name != "sinks"
+    ),
     packed((2, 1), (4, 4), (3, 0), (0, 7), (5, 0), outside=1),
     *(Case((2, 2, 1, 5, 0, 4, 4), layouts=(layout,)) for layout in ("bshd", "strided", "scalar")),
     *(Case((2, 2, 1, 5, 7, 0, 4), layouts=(layout,)) for layout in ("bhds", "expand_d", "scalar")),

@@ -184,16 +184,27 @@ GRADCHECKED = (
     Case((3, 2, 1, 4, 6, 3, 2), q_lengths=(4, 0, 3), k_lengths=(1, 5, 6), right=0, q_starts=(2, 1, 0)),
     Case((2, 2, 1, 4, 6, 3, 2), mask="bhqk"),
     Case((2, 2, 1, 4, 6, 3, 2), mask="k", scale=0.7),
-    *(Case((2, 2, 1, 4, 6, 2, 3), bias=shape, seed=n) for n, shape in enumerate(table.BROADCASTS)),
     Case((2, 2, 2, 4, 6, 3, 2), bias="hqk", mask="bk", right=0, q_start=2),
     Case((2, 2, 2, 4, 6, 3, 2), bias="bqk", holes=0.4),
     Case((1, 2, 1, 3, 4, 0, 2), bias="qk"),
     Case((1, 2, 1, 3, 4, 2, 0)),
     Case((2, 2, 1, 3, 4, 3, 2), layouts=("bshd", "bhds", "strided")),
     *(Case(TINY, **options, seed=n) for n, options in enumerate(table.FEATURES.values())),
+    *(Case(TINY, **{name: "bh"}, seed=n) for n, name in enumerate(cases.PARAMETERS[1:])),
+)
+
+
+@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
+def test_gradcheck(case: Case, backend: Backend) -> None:
+    gradcheck_case(case, backend.device)
+
+
+# gradcheck's fast mode compares one number for each input and output, in random directions.
+FAST = (
+    *(Case((2, 2, 1, 4, 6, 2, 3), bias=shape, seed=n) for n, shape in enumerate(table.BROADCASTS)),
     *(Case(TINY, **options, bias="qk", q_starts=(2, -1), right=1) for options in table.FEATURES.values()),
     *(packed((2, 1), (3, 2), (4, 6), (0, 2), (3, 1), **options, outside=1) for options in table.FEATURES.values()),
-    *(Case(TINY, **{name: "bh"}, seed=n) for n, name in enumerate(cases.PARAMETERS[1:])),
+    *(Case(TINY, **together(*pair), left=3) for pair in table.PAIRS),
     Case(TINY, scales="h", similarity="cosine"),
     Case(TINY, scales="bh", similarity="gaussian"),
     Case(TINY, scale=-0.5, similarity="gaussian"),
@@ -207,15 +218,9 @@ GRADCHECKED = (
 )
 
 
-@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
-def test_gradcheck(case: Case, backend: Backend) -> None:
-    gradcheck_case(case, backend.device)
-
-
-@pytest.mark.parametrize("pair", table.PAIRS, ids="+".join)
-def test_gradcheck_of_pairs(pair: tuple[str, str], backend: Backend) -> None:
-    """In random directions: fast_mode."""
-    gradcheck_case(Case(TINY, **together(*pair), left=3), backend.device, fast_mode=True)
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_gradcheck_fast(case: Case, backend: Backend) -> None:
+    gradcheck_case(case, backend.device, fast_mode=True)
 
 
 @pytest.mark.parametrize(

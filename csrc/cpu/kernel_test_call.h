@@ -296,7 +296,8 @@ struct Call {
     for (int64_t h = 0; h < x.shape[1]; ++h)
       for (int64_t d = 0; d < x.shape[3]; ++d) x.set({batch, h, row, d}, value);
   }
-  // Rows past a length and outside every sequence; and the first query and key of each, which the mask then forbids.
+  // Rows past a length and outside every sequence; and the first query and key of each, which the mask then forbids, or
+  // the bias.
   void poison() {
     const auto spoil = [&](const std::vector<int64_t>& offsets, const std::vector<int64_t>& lengths, int64_t rows,
                            bool first_exists, std::initializer_list<Array*> arrays) {
@@ -314,9 +315,13 @@ struct Call {
     };
     for (size_t x = 0; x < mask.size(); ++x)
       if (x % size_t(c.Sk) == 0 || x / size_t(c.Sk) % size_t(c.Sq) == 0) mask[x] = false;
+    const bool biased = std::strchr(c.bias, 'j');
+    bias.for_each([&](const Shape& at) {
+      if (biased && at[3] == 0) bias.set(at, -INFINITY);
+    });
     const bool masked = *c.mask, sunk = c.sinks != Per::none;  // a sink gets a gradient of queries without keys, too
     spoil(q_offsets, q_lengths, c.Sq, !masked || sunk, {&q, &dout});
-    spoil(k_offsets, k_lengths, c.Sk, !masked, {&k, &v});
+    spoil(k_offsets, k_lengths, c.Sk, !masked && !biased, {&k, &v});
   }
 };
 

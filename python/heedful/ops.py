@@ -58,13 +58,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, **arguments)
     transformed = _transformed()
-    if transformed or torch.is_grad_enabled():
-        others = [arguments.pop(name, None) for name in OTHERS] if arguments else [None] * len(OTHERS)
-        if transformed or torch._C._any_requires_grad(q, k, v, *others[: len(PARAMETERS)]):
-            tensors = _cast((q, k, v, *others))
-            return (_Forward if transformed else _Recorded).apply(*tensors, arguments)
-        with _below_autograd():
-            return _forward_op(q, k, v, *others, **arguments)
+    if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *arguments.values())):
+        if torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
+            q, k, v, arguments = _cast(q, k, v, arguments)
+        if not transformed:
+            return _Recorded.apply(arguments, q, k, v, *arguments.values())
+        others = [arguments.pop(name, None) for name in OTHERS]
+        return _Forward.apply(q, k, v, *others, arguments)
     with _below_autograd():
         return _forward_op(q, k, v, **arguments)
 
@@ -156,16 +156,25 @@ def _save(ctx: FunctionCtx, inputs: Tensors, keyword_only_inputs: Options, outpu
 def _forward_backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
     """Gradients of the tensors of TENSORS."""
     *tensors, out, lse = ctx.saved_tensors
+    wanted = [n for n, x, w in zip(PARAMETERS, tensors[3:], ctx.needs_input_grad[3:]) if x is not None and w]
+    grads = _gradients(dout, dlse, tensors, out, lse, ctx.options, wanted)
+    return *grads, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
+
+
+def _gradients(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    wanted: Iterable[str],
+) -> Tensors:
+    """Gradients of DIFFERENTIABLE; of its parameters, those that are wanted."""
     q, k, v, *others = tensors
     if dout is None:
         dout = out.new_zeros(()).expand_as(out)
-    wanted = {
-        f"{name}_grad": True
-        for name, x, needed in zip(PARAMETERS, others, ctx.needs_input_grad[3:])
-        if x is not None and needed
-    }
-    grads = backward(dout, dlse, q, k, v, out, lse, *others, **ctx.options, **wanted)
-    return *grads, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
+    return backward(dout, dlse, q, k, v, out, lse, *others, **options, **{f"{name}_grad": True for name in wanted})
 
 
 def _backward_backward(ctx: FunctionCtx, *ggrads: Tensor | None) -> Tensors:
@@ -199,24 +208,34 @@ def _materialize(grads: dict[str, Tensor | None], like: dict[str, Tensor | None]
 
 
 class _Recorded(torch.autograd.Function):
-    """attention_forward when a gradient is wanted. Inputs: its tensors, then its options in one dict."""
+    """attention_forward when a gradient is wanted. Inputs: the arguments given, by name; q, k, v; their values again,
+    for autograd to see."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Any) -> Tensors:
+    def forward(ctx: FunctionCtx, arguments: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensors:
         with _below_autograd():
-            output = _forward_op(*inputs[:-1], **inputs[-1])
-        ctx.save_for_backward(*inputs[:-1], *output)
-        ctx.options = inputs[-1]
+            out, lse = _forward_op(q, k, v, **arguments)
+        ctx.save_for_backward(q, k, v, *(x for x in arguments.values() if isinstance(x, Tensor)), out, lse)
+        ctx.arguments = {name: None if isinstance(x, Tensor) else x for name, x in arguments.items()}
         ctx.set_materialize_grads(False)
-        return output
+        return out, lse
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> Tensors:
-        return *_forward_backward(ctx, *grads), None
+    def backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
+        q, k, v, *given, out, lse = ctx.saved_tensors
+        given = dict(zip((name for name in ctx.arguments if name in OTHERS), given))
+        options = {name: x for name, x in ctx.arguments.items() if name not in OTHERS}
+        needed = dict(zip(ctx.arguments, ctx.needs_input_grad[4:]))
+        tensors = (q, k, v, *(given.get(name) for name in OTHERS))
+        wanted = [name for name in PARAMETERS if needed.get(name)]
+        dq, dk, dv, *others = _gradients(dout, dlse, tensors, out, lse, options, wanted)
+        others = dict(zip(PARAMETERS, others))
+        return None, dq, dk, dv, *(others.get(name) for name in ctx.arguments)
 
 
 class _Forward(torch.autograd.Function):
-    """attention_forward in forward mode and torch.func: likewise, with all that they ask for."""
+    """attention_forward in forward mode and torch.func, with all that they ask for. Inputs: the tensors of TENSORS,
+    then the options in one dict."""
 
     @staticmethod
     def forward(*inputs: Any) -> Tensors:
@@ -280,15 +299,15 @@ def forward_by_position(*tensors: Tensor | None, **options: Any) -> Tensors:
 # ---- autocast: q, k, v in the dtype that the user chose; a float32 bias or parameter stays as it is
 
 
-def _cast(tensors: Tensors) -> Tensors:
-    """The tensors of TENSORS as autocast wants them, where it is on."""
-    device_type = "cpu" if tensors[0].is_cpu else "cuda"
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    count = len(DIFFERENTIABLE)
-    parameters = (x if x is None or x.dtype is torch.float32 else _eligible(x, dtype) for x in tensors[3:count])
-    return *(_eligible(x, dtype) for x in tensors[:3]), *parameters, *tensors[count:]
+def _cast(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """The arguments as autocast wants them."""
+    dtype = torch.get_autocast_dtype("cpu" if q.is_cpu else "cuda")
+    parameters = {
+        name: _eligible(arguments[name], dtype)
+        for name in PARAMETERS
+        if arguments.get(name) is not None and arguments[name].dtype is not torch.float32
+    }
+    return _eligible(q, dtype), _eligible(k, dtype), _eligible(v, dtype), arguments | parameters
 
 
 def _eligible(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -296,10 +315,10 @@ def _eligible(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _autocast_on(device_type: str) -> Callable[..., Tensors]:
-    def forward_in_autocast(*tensors: Tensor | None, **options: Any) -> Tensors:
-        tensors = _cast(_all_of(TENSORS, tensors))
+    def forward_in_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, **options: Any) -> Tensors:
+        q, k, v, arguments = _cast(q, k, v, {**dict(zip(OTHERS, others)), **options})
         with torch.autocast(device_type, enabled=False):
-            return _forward_op(*tensors, **options)
+            return _forward_op(q, k, v, **arguments)
 
     return forward_in_autocast
 
