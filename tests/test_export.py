@@ -1,4 +1,4 @@
-"""torch.export of functions and modules that attend with heedful: one node for each call, any lengths, equal results."""
+"""torch.export of functions and modules that attend with heedful: a node for each call, any lengths, equal results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import heedful
 from heedful import ALiBi, Causal, Documents, Gaussian, KeyLengths, RelativeBias, SlidingWindow
 
 FORWARD = torch.ops.heedful.attention_forward.default
-BATCH, QUERIES, KEYS, ROWS = Dim("batch", max=64), Dim("queries", max=5000), Dim("keys", max=5000), Dim("rows", max=5000)
+BATCH, ROWS = Dim("batch", max=64), Dim("rows", max=5000)
+LONG, LONGER = Dim("long", min=65, max=5000), Dim("longer", min=65, max=5000)  # masks built inside need two tiles
 Function = Callable[..., Tensor]
 
 
@@ -67,7 +68,7 @@ FUNCTIONS: dict[str, Function] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_attention(name: str, strict: bool) -> None:
     module = Module(FUNCTIONS[name])
-    shapes = ({0: BATCH, 2: QUERIES}, {0: BATCH, 2: KEYS}, {0: BATCH, 2: KEYS}, {0: BATCH})
+    shapes = ({0: BATCH, 2: LONG}, {0: BATCH, 2: LONGER}, {0: BATCH, 2: LONGER}, {0: BATCH})
     program = exported(module, (*qkv(3, 70, 90), torch.tensor([5, 90, 33])), (shapes,), strict)
     assert calls(program) == [FORWARD]
     for lengths, q_length, k_length in (([65, 130], 129, 130), ([64] * 5, 66, 200)):
@@ -88,13 +89,13 @@ def test_packed_sequences(strict: bool) -> None:
 
 @pytest.mark.parametrize("strict", (False, True), ids=("traced", "strict"))
 def test_documents(strict: bool) -> None:
-    module = Module(lambda m, x, ids: heedful.attention(x, x, x, mask=Causal() & Documents(ids)))
-    program = exported(
-        module, (torch.randn(2, 4, 130, 8), torch.arange(130) // 40), (({0: BATCH, 2: ROWS}, {0: ROWS}),), strict
-    )
+    module = Module(lambda m, q, k, v, *ids: heedful.attention(q, k, v, mask=Causal() & Documents(*ids)))
+    shapes = ({0: BATCH, 2: LONG}, *[{0: BATCH, 2: LONGER}] * 2, {0: LONG}, {0: LONGER})
+    example = (*qkv(3, 130, 140), torch.arange(130) // 40, torch.arange(140) // 40)
+    program = exported(module, example, (shapes,), strict)
     assert calls(program) == [FORWARD]
-    for length in (130, 66, 200):
-        inputs = torch.randn(3, 4, length, 8), torch.arange(length) // 50
+    for q_length, k_length in ((130, 130), (66, 200), (192, 65)):
+        inputs = (*qkv(2, q_length, k_length), torch.arange(q_length) // 50, torch.arange(k_length) // 60)
         assert torch.equal(program.module()(*inputs), module(*inputs))
 
 

@@ -154,11 +154,17 @@ struct Backward {
       const S *g = row_of<const S>(p.dout, band.batch, t.h, band.q_row + i),
               *o = row_of<const S>(p.out, band.batch, t.h, band.q_row + i);
       const int64_t whole = p.dout.stride[3] == 1 && p.out.stride[3] == 1 ? p.Dv / n * n : 0;
+      // An out of 0 adds nothing: a query that has only a sink to attend to ignores its dout, NaN included.
       Vec<C> lanes = {};
-      for (int64_t d = 0; d < whole; d += n) lanes += load_as(g + d, C()) * load_as(o + d, C());
+      for (int64_t d = 0; d < whole; d += n) {
+        const Vec<C> x = load_as(o + d, C());
+        lanes += select(x == Vec<C>{}, Vec<C>{}, load_as(g + d, C()) * x);
+      }
       C delta = sum_lanes<C>(lanes);
-      for (int64_t d = whole; d < p.Dv; ++d)
-        delta += C(to_compute(g[d * p.dout.stride[3]])) * C(to_compute(o[d * p.out.stride[3]]));
+      for (int64_t d = whole; d < p.Dv; ++d) {
+        const C x = C(to_compute(o[d * p.out.stride[3]]));
+        delta += x == 0 ? C(0) : C(to_compute(g[d * p.dout.stride[3]])) * x;
+      }
       if (p.dlse.data) delta -= row_of<const C>(p.dlse, band.batch, t.h, band.q_row + i)[0];
       // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
       const bool dead = lse[i] == -kInfinity<C>;

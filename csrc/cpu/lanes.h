@@ -232,6 +232,16 @@ HEEDFUL_FN Vec<double> tanh(Vec<double> x) {
   return select(far, above, p) / select(far, y + 1.0, q);
 }
 
+// 1 - tanh(x)^2 = 4 y / (1 + y)^2, y = exp(-2 |x|), exact to rounding however small it is.
+template <class T>
+HEEDFUL_FN Vec<T> tanh_slope_of(Vec<T> x) {
+  const Vec<T> magnitude = x < Vec<T>{} ? -x : x;
+  const Vec<T> y = exp2<T>(magnitude * T(-2.8853900817779268)), root = T(2) / (T(1) + y);
+  return y * root * root;
+}
+HEEDFUL_FN Vec<float> tanh_slope(Vec<float> x) { return tanh_slope_of<float>(x); }
+HEEDFUL_FN Vec<double> tanh_slope(Vec<double> x) { return tanh_slope_of<double>(x); }
+
 // ---- integers -------------------------------------------------------------------------------------------------------
 
 // Products of the low 32 bits of each lane.

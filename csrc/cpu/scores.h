@@ -123,9 +123,9 @@ HEEDFUL_FN void cap_scores(C* s, int64_t stride, int64_t rows, int64_t width, C 
   const Vec<C> caps = broadcast<C>(cap), inverse = broadcast<C>(1 / cap);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t l = 0; l < width; l += kLanes<C>) {
-      const auto capped = soft_cap(load(s + r * stride + l), caps, inverse);
-      store(s + r * stride + l, capped.score);
-      if (slopes) store(slopes + r * width + l, capped.slope);
+      const Vec<C> t = load(s + r * stride + l);
+      store(s + r * stride + l, soft_cap(t, caps, inverse));
+      if (slopes) store(slopes + r * width + l, soft_cap_slope(t, inverse));
     }
 }
 
@@ -189,10 +189,11 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         if constexpr (!queries_in_lanes) {
           // Past the tile's keys there are no bits to count; what lies there is never used.
           const I word = bit0 + l < kMaskTile ? I(uint64_t(words[r]) >> (bit0 + l)) : I(0);
-          allowed &= bit_is_set(broadcast<I>(word), iota<I>());
+          allowed &= bit_is_set<8 * sizeof(I)>(broadcast<I>(word), iota<I>());
         } else {
           const int at = int(bit0 + r);
-          allowed &= bit_is_set(at < 32 || sizeof(I) == 8 ? low_word : high_word, I(sizeof(I) == 8 ? at : at % 32));
+          allowed &= bit_is_set<8 * sizeof(I)>(at < 32 || sizeof(I) == 8 ? low_word : high_word,
+                                               I(sizeof(I) == 8 ? at : at % 32));
         }
       }
       if (mask) allowed &= load(mask + r * width + l) != Vec<C>{};

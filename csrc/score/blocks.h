@@ -21,11 +21,10 @@ HEEDFUL_FN const int64_t* mask_bits(const Problem& p, int32_t tile) {
   return tile < kFirstPartialTile ? nullptr : p.bits + (tile - kFirstPartialTile) * kMaskTile;
 }
 
-// All ones where bit `at` of the lane's word is set: it is shifted to the sign and smeared over the lane.
-template <class Word, class At>
+// All ones where bit `at` of the lane's word of kBits is set: it is shifted to the sign and smeared over the lane.
+template <int kBits, class Word, class At>
 HEEDFUL_FN Word bit_is_set(Word word, At at) {
-  constexpr int kTop = 8 * sizeof(word[0]) - 1;
-  return (word << (kTop - at)) >> kTop;
+  return (word << (kBits - 1 - at)) >> (kBits - 1);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
