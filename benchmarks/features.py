@@ -71,7 +71,7 @@ def timed(repeats: int, calls: list[tuple[Callable[[], dict], list[Tensor]]], H:
 def cost(repeats: int) -> None:
     for mask in (None, heedful.Causal()):
         every = features(SIZES["H"], SIZES["S"])
-        calls = [(lambda o=options: {"mask": mask, **o()}, parameters) for options, parameters in every.values()]
+        calls = [(lambda m=mask, o=options: {"mask": m, **o()}, parameters) for options, parameters in every.values()]
         times = timed(repeats, calls, **SIZES)
         print(f"\n| {'full' if mask is None else 'causal'} | forward, ms | x plain | backward, ms | x plain |")
         print("|---|---|---|---|---|")

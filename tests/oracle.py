@@ -166,9 +166,11 @@ def _dense(
         first = (score == top) & present
         p = (first & (first.cumsum(-1) == 1)).double().where(~top.isnan(), math.nan).where(present, 0)
         lse = top.squeeze(-1)
-        margin = COMPUTED * swapping * 2 * spread[..., None]
-        close = (every != top) & (top - every <= margin)
-        loose = ((close | (every == top)) & close.any(-1, keepdim=True))[..., :-1].double() * ANYTHING
+        # Where rounding decides, either is right. Cosines tie by chance of rounding alone.
+        near = top - every <= COMPUTED * swapping * 2 * spread[..., None]
+        unsure = near if similarity == "cosine" else near & (every != top)
+        rivals = unsure.any(-1, keepdim=True) & (near.sum(-1, keepdim=True) > 1)
+        loose = (near & rivals)[..., :-1].double() * ANYTHING
     else:
         lse = every.logsumexp(-1)
         if infinite_is_nan:

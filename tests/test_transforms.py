@@ -356,20 +356,22 @@ def samples(dtype: torch.dtype, requires_grad: bool) -> Iterator[tuple[Any, tupl
         out, lse = (x.detach() for x in FORWARD(q, k, v, *tensors, **options))
         dout = normal(*out.shape, dtype=dtype).requires_grad_(requires_grad)
         dlse = normal(*lse.shape, dtype=lse.dtype) if tensors else None
-        yield BACKWARD, (dout, dlse, q, k, v, out, lse, *tensors), (
-            options | {f"{name}_grad": True for name in PARAMETERS if tensors}
+        yield (
+            BACKWARD,
+            (dout, dlse, q, k, v, out, lse, *tensors),
+            (options | {f"{name}_grad": True for name in PARAMETERS if tensors}),
         )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    for operator, tensors, options in samples(dtype, requires_grad=False):
-        opcheck(operator, tensors, options)
+    for op, tensors, options in samples(dtype, requires_grad=False):
+        opcheck(op, tensors, options)
 
 
 def test_opcheck_with_gradients() -> None:
-    for operator, tensors, options in samples(torch.float32, requires_grad=True):
-        opcheck(operator, tensors, options)
+    for op, tensors, options in samples(torch.float32, requires_grad=True):
+        opcheck(op, tensors, options)
 
 
 def layouts(b: int, h: int, s: int, d: int) -> dict[str, Tensor]:

@@ -167,13 +167,12 @@ def _differentiated(*values: Any) -> bool:
 
 
 def _of_heads(name: str, x: Any, batch: int, heads: int) -> Tensor:
-    expected = f"a tensor [{heads}] or [{batch}, {heads}]"
     if not isinstance(x, Tensor):
-        raise _error(TypeError, name, expected, type(x).__name__)
+        raise _error(TypeError, name, f"a tensor [{heads}] or [{batch}, {heads}]", type(x).__name__)
     if not x.is_floating_point():
-        raise _error(TypeError, name, f"{expected} of floating point", x.dtype)
+        raise _error(TypeError, name, f"a tensor [{heads}] or [{batch}, {heads}] of floating point", x.dtype)
     if x.shape not in ((heads,), (batch, heads)):
-        raise _error(RuntimeError, name, expected, list(x.shape))
+        raise _error(RuntimeError, name, f"a tensor [{heads}] or [{batch}, {heads}]", list(x.shape))
     return x
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.functional import pad
 
 TILE = 64
@@ -52,13 +52,11 @@ def spans(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return first, (first + TILE - 1).clamp(max=length - 1)
 
 
-def by_tile(x: Tensor, dim: int, reduce: Callable[..., Tensor]) -> Tensor:
-    """``reduce(x, dim=...)`` (amin, amax, any, all) over each tile of dimension ``dim``, counted from the end."""
-    whole = x.shape[dim] // TILE
-    parts = [reduce(x.narrow(dim, 0, TILE * whole).unflatten(dim, (whole, TILE)), dim=dim)] if whole else []
-    if rest := x.shape[dim] - TILE * whole:
-        parts.append(reduce(x.narrow(dim, TILE * whole, rest), dim=dim, keepdim=True))
-    return torch.cat(parts, dim) if parts else x
+def by_tile(x: Tensor, dim: int, gather: Callable[..., Tensor]) -> Tensor:
+    """``gather(x, dim=...)`` (amin, amax, any, all) over each tile of dimension ``dim``, counted from the end."""
+    n = count(x.shape[dim])
+    at = torch.arange(TILE * n, device=x.device).clamp(max=x.shape[dim] - 1)  # the last one as often as needed
+    return gather(x.index_select(dim, at).unflatten(dim, (n, TILE)), dim=dim)
 
 
 def build(bound: Bound, seen: Pairs, q_length: int, k_length: int, *, eager: bool = True) -> Blocks:
@@ -70,27 +68,19 @@ def build(bound: Bound, seen: Pairs, q_length: int, k_length: int, *, eager: boo
     bounds = torch.broadcast_tensors(bound.any, bound.all)
     some, every = (x.expand(*x.shape[:2], count(q_length), count(k_length)) for x in bounds)
     partial = some & ~every
-    at = partial.nonzero().unbind(1) if eager else _every_index(partial)
-    chunks = zip(*(x.split(CHUNK if eager else max(len(x), 1)) for x in at))
-    pack = _packed if eager else _summed
-    bits, empty, full = map(torch.cat, zip(*(_evaluate(seen, pack, *chunk, q_length, k_length) for chunk in chunks)))
     if not eager:
-        number = torch.where(full, 1, 2 + torch.arange(len(full), device=full.device))
-        number = torch.where(empty, 0, number).view(partial.shape)
-        return torch.where(partial, number, some.to(torch.int64)).to(torch.int32), bits
+        at = torch.meshgrid([torch.arange(n, device=partial.device) for n in partial.shape], indexing="ij")
+        bits, empty, full = _evaluate(seen, _summed, *at, q_length, k_length)
+        number = 2 + reduce(lambda left, right: left * right[1] + right[0], zip(at[1:], partial.shape[1:]), at[0])
+        number = torch.where(empty, 0, torch.where(full, 1, number))
+        return torch.where(partial, number, some.to(torch.int64)).to(torch.int32), bits.flatten(0, 3)
+    at = partial.nonzero().unbind(1)
+    chunks = zip(*(x.split(CHUNK) for x in at))
+    bits, empty, full = map(torch.cat, zip(*(_evaluate(seen, _packed, *chunk, q_length, k_length) for chunk in chunks)))
     kept = ~(empty | full)
     tiles = some.to(torch.int32)
     tiles[at] = torch.where(kept, 1 + kept.cumsum(0), full.to(torch.int64)).to(torch.int32)
     return tiles, bits[kept]
-
-
-def _every_index(x: Tensor) -> tuple[Tensor, ...]:
-    """What ``torch.ones_like(x).nonzero()`` would give, without counting."""
-    left, at = torch.arange(x.numel(), device=x.device), []
-    for size in reversed(x.shape):
-        at.append(left % max(size, 1))
-        left = left // max(size, 1)
-    return tuple(reversed(at))
 
 
 def _evaluate(
@@ -105,9 +95,9 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bits of n tiles [n, 64], which of them are empty [n], and which are full [n]."""
     within = torch.arange(TILE, device=b.device)
-    b, h, row, column = (x[:, None, None] for x in (b, h, row, column))
+    b, h, row, column = (x[..., None, None] for x in (b, h, row, column))
     i, j = TILE * row + within[:, None], TILE * column + within
-    pairs = seen(b, h, i.clamp(max=q_length - 1), j.clamp(max=k_length - 1)).expand(len(b), TILE, TILE)
+    pairs = seen(b, h, i.clamp(max=q_length - 1), j.clamp(max=k_length - 1)).expand(*b.shape[:-2], TILE, TILE)
     inside = pack(j < k_length) * (i < q_length).squeeze(-1)
     bits = pack(pairs) & inside
     return bits, (bits == 0).all(-1), (bits == inside).all(-1)
@@ -115,7 +105,7 @@ def _evaluate(
 
 def _packed(pairs: Tensor) -> Tensor:
     """Bool [.., 64] -> int64 [..], pair n in bit n. A product brings eight bools together in the highest byte."""
-    eights = pairs.contiguous().view(torch.int64)
+    eights = pairs.clone(memory_format=torch.contiguous_format).view(torch.int64)  # of no tiles, too
     return ((eights * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int64).squeeze(-1)
 
 
@@ -193,6 +183,9 @@ def _mapped(mask_mod: Any) -> Pairs:
     """mask_mod over pairs, called as FlexAttention calls it: by vmap, with 0-dimensional indices."""
     if not callable(mask_mod):
         raise TypeError(f"heedful.BlockMask: flex_block_mask.mask_mod: expected a function, got {mask_mod!r}")
+    # Here, because it takes seconds to import; whoever has a FlexAttention mask has imported it already.
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
     over_j = torch.vmap(mask_mod, (None, None, None, 0))
     over_i = torch.vmap(over_j, (None, None, 0, None))
     over_tiles = torch.vmap(over_i)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import composite, pairs, vmap
+from . import composite, flops, pairs, vmap
 from .definition import DIFFERENTIABLE, OPTIONS, TENSORS
 from .vmap import BACKWARD_TENSORS, PARAMETERS
 
@@ -369,3 +369,4 @@ def _register() -> tuple[torch.library.Library, ...]:
 
 
 _registrations = _register()
+flops.register()

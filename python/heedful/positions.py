@@ -25,12 +25,12 @@ def positions(
     like: Tensor,
 ) -> tuple[int, Tensor | None]:
     """The position of the first query: (one for all, None), or (0, int64 [B])."""
-    wrong = f'heedful.attention: align: expected "top-left", "bottom-right", an int or an int tensor [B], got {align!r}'
+    wrong = 'heedful.attention: align: expected "top-left", "bottom-right", an int or an int tensor [B], got '
     if isinstance(align, str):
         if align == "top-left":
             return 0, None
         if align != BOTTOM_RIGHT:
-            raise ValueError(wrong)
+            raise ValueError(wrong + repr(align))
         if q_lengths is None and k_lengths is None:
             return k_length - q_length, None
         last_q = q_length if q_lengths is None else q_lengths.clamp(0, q_length)
@@ -42,7 +42,7 @@ def positions(
         return 0, align.to(like.device, torch.int64)
     if is_int(align):
         return align, None
-    raise TypeError(wrong)
+    raise TypeError(wrong + repr(align))
 
 
 class Grid:
