@@ -165,7 +165,7 @@ void check_table(const Arguments& a, const Tensor& q, Call& call) {
     fail("buckets", "a tensor [2 max_distance + 1]", text(shape_of(*a.buckets)));
   p.max_distance = a.buckets->size(0) / 2;
   p.buckets = integers("buckets", *a.buckets, shape_of(*a.buckets), "[2 max_distance + 1]", q, call);
-  expect_range<int64_t>("buckets", *a.buckets, 0, p.table_rows);
+  expect_range<int64_t>("buckets", call.kept.back(), 0, p.table_rows);
 }
 
 void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
@@ -202,6 +202,15 @@ void check_dropout(const Arguments& a, const Tensor& q, Call& call) {
   if (a.seed->dim() > 1 || (count != 1 && count != p.B)) fail("seed", "one number, or [B]", text(shape_of(*a.seed)));
   p.seeds = integers("seed", *a.seed, shape_of(*a.seed), "[B]", q, call);
   p.seeds_stride = count == 1 ? 0 : 1;
+}
+
+// What no memory could hold, but empty dimensions let through: counts of tasks and bytes have to fit 64 bits.
+void check_size(const Problem& p) {
+  double products = double(1 + p.table_rows) * std::max<int64_t>(p.D + p.Dv, 1);
+  for (int64_t n : {p.B, p.Hq, p.Sq, p.Sk}) products *= std::max<int64_t>(n, 1);
+  if (!(products < 0x1p60)) fail("q, k, v", "sizes whose product is below 2^60", std::to_string(products));
+  if (p.normalizer == Normalizer::hard && p.Sk > INT32_MAX)
+    fail("k", "at most 2147483647 keys where normalizer is \"hard\"", std::to_string(p.Sk));
 }
 
 Similarity similarity_of(const std::string& name) {
@@ -261,7 +270,6 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
   expect_device("v", v, q);
   p.q = view_of(q), p.k = view_of(k), p.v = view_of(v);
 
-  call.kept.reserve(16);
   if (bool(a.q_offsets) != bool(a.k_offsets))
     fail(a.q_offsets ? "k_offsets" : "q_offsets", "a tensor: both or neither are packed", "None");
   if (a.q_offsets) {
@@ -291,10 +299,13 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
   p.normalizer = normalizer_of(a.normalizer);
   if (a.scale && a.scales) fail("scale", "None where scales is given", std::to_string(*a.scale));
   p.scale = a.scale.value_or(p.D && p.similarity == Similarity::dot ? 1 / std::sqrt(double(p.D)) : 1.0);
-  if (!std::isfinite(p.scale)) fail("scale", "a finite number", std::to_string(p.scale));
+  // Kernels take both in the compute type.
+  const bool wide = p.dtype == DType::f64;
+  if (!std::isfinite(wide ? p.scale : float(p.scale))) fail("scale", "a finite number", std::to_string(p.scale));
   p.softcap = a.softcap.value_or(0);
-  if (a.softcap && !(p.softcap > 0 && std::isfinite(p.softcap)))
-    fail("softcap", "a number above 0", std::to_string(p.softcap));
+  if (a.softcap && !(p.softcap > 0 && std::isnormal(wide ? p.softcap : float(p.softcap)) &&
+                     std::isnormal(wide ? 1 / p.softcap : float(1 / p.softcap))))
+    fail("softcap", "a number above 0, normal as its inverse is", std::to_string(p.softcap));
   p.scales = parameter("scales", a.scales, q, 1, false, call);
   p.sinks = parameter("sinks", a.sinks, q, 1, false, call);
   p.slopes = parameter("slopes", a.slopes, q, 1, false, call);
@@ -309,6 +320,7 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
     p.bias_dtype = dtype_of("bias", *a.bias);
   }
   check_dropout(a, q, call);
+  check_size(p);
   return call;
 }
 

@@ -70,9 +70,9 @@ struct Problem {
   Parameter sinks;         // [1 row]
   Parameter slopes;        // [1 row]
   Parameter table;         // [table_rows]
-  int64_t table_rows;      //
+  int64_t table_rows;      // 0 without one
   const int64_t* buckets;  // [2 max_distance + 1]: the table's row for each distance from -max_distance on
-  int64_t max_distance;    //
+  int64_t max_distance;    // farther distances count as this one
   View bias;               // [B, Hq, Sq, Sk]
   DType bias_dtype;        // dtype or f32
   uint32_t keep;           // dropout's threshold; kKeepAll: no dropout

@@ -115,6 +115,14 @@ WITH_FEATURES = (
         for n, options in enumerate(FEATURES.values())
     ),
     *(Case((2, 2, 1, 35, 70, 8, 8), **together(one, other), right=3, q_start=31) for one, other in PAIRS),
+    # One query, or few, with many keys.
+    *(
+        Case((2, 8, 2, 1, 300, 16, 12), **options, k_lengths=(300, 65), seed=n)
+        for n, options in enumerate(FEATURES.values())
+    ),
+    *(Case((2, 8, 2, 1, 70, 5, 6), layouts=(layout,), seed=3) for layout in LAYOUTS + EXPANDED),
+    *(Case((1, 6, 2, n, 1300, 8, 8), **TOGETHER, q_start=1300 - n, right=0, seed=n) for n in (1, 2, 3)),
+    packed((8, 2), (8, 8), (1, 700), (1, 1), (1, 130), (1, 0), **TOGETHER, right=0, q_starts=(699, 0, 129, 0)),
     # Every shape and dtype of the parameters, and a table of any distances, near and far.
     *(Case(SMALL, **{name: "bh"}, wide=n % 2 == 0, seed=n) for n, name in enumerate(PARAMETERS[1:])),
     *(Case(TILES, **{name: "h"}, wide=True, seed=n) for n, name in enumerate(PARAMETERS[1:])),

@@ -49,6 +49,8 @@ FEATURED = {
     "slopes": Case(SIZES, slopes="bh", left=20, right=3, q_start=60),
     "table": Case(SIZES, table="bh", reach=30, k_lengths=(140,)),
     "tiles": Case(SIZES, tiles="h"),
+    "one query": Case((1, 4, 2, 1, 150, 5, 6), right=0, q_start=100),
+    "one query mask": Case((1, 4, 2, 1, 150, 5, 6), mask="hk", bias="hqk", holes=0.2, k_lengths=(140,)),
     "tiles of bias": Case(SIZES, tiles="h", bias="hqk", holes=0.2, right=9, q_start=30),
 }
 # Here an infinity may well become a number, or the other way around: only NaN is planted.
@@ -86,7 +88,7 @@ def places(problem: Problem, target: str, small: bool) -> list[tuple[int, ...]]:
     if target == "bias":
         return [(0, row % rows, column % columns[0]) for row in QUERIES for column in KEYS[::2]]
     wanted = KEYS if target in ("k", "v") else QUERIES
-    return [(heads - 1, row, *(row % size for size in columns)) for row in wanted]
+    return [(heads - 1, row, *(row % size for size in columns)) for row in wanted if row < rows]
 
 
 def planted(problem: Problem, target: str, at: list[tuple[int, ...]], value: float) -> Problem:

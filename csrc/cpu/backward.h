@@ -166,7 +166,7 @@ struct Backward {
         delta += x == 0 ? C(0) : C(to_compute(g[d * p.dout.stride[3]])) * x;
       }
       if (p.dlse.data) delta -= row_of<const C>(p.dlse, band.batch, t.h, band.q_row + i)[0];
-      // exp2(s - inf) = 0 for a row that attends to nothing, whatever gradient arrives at it.
+      // A row that attends to nothing has no score above -inf; no gradient that arrives at it counts.
       const bool dead = lse[i] == -kInfinity<C>;
       const double exact = double(lse[i]) / unit, lost = (exact - double(C(exact))) * unit;
       // Past 2^13 the scores themselves are rounded more coarsely than this.
@@ -240,11 +240,11 @@ struct Backward {
     return row_of<T>(view, band.batch, hk, band.k_row + j);
   }
 
-  struct Rows {
+  struct Sums {
     C* data;
     int64_t stride;
   };
-  static Rows dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
+  static Sums dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
     if (dq_in_place(p) && group == 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2]};
     const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p));
     return {w.dq + (part * query_count(p) + query_index(p, band, h)) * stride, stride};
@@ -259,7 +259,7 @@ struct Backward {
     const bool careful = !inputs_are_finite();
     for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
       if (group < groups(p, band.keys)) {
-        const Rows dq = dq_rows(p, w, band, group, h);
+        const Sums dq = dq_rows(p, w, band, group, h);
         for (int64_t i = 0; i < band.q_rows; ++i)
           for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
       }
@@ -277,8 +277,8 @@ struct Backward {
     bool finite = all_finite<C>(key_row(p.k, 0), p.k.stride[2], p.k.stride[3], band.keys, p.D) &&
                   all_finite<C>(key_row(p.v, 0), p.v.stride[2], p.v.stride[3], band.keys, p.Dv);
     for (int64_t h = hk * heads_per_group(); finite && h < (hk + 1) * heads_per_group(); ++h)
-      finite = all_finite<C>(query_row(p.q, h, 0), p.q.stride[2], p.q.stride[3], band.q_rows, p.D) &&
-               all_finite<C>(query_row(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], band.q_rows, p.Dv);
+      finite = all_finite<C>(query_row(p.q, h, 0), p.q.stride[2], p.q.stride[3], band.queries, p.D) &&
+               all_finite<C>(query_row(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], band.queries, p.Dv);
     return finite;
   }
 
@@ -336,7 +336,7 @@ struct Backward {
                  dv, C(1));
     for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
-    const Rows dq = dq_rows(p, w, band, group, t.h);
+    const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
     if (careful) return multiply_carefully(t, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
@@ -376,7 +376,7 @@ struct Backward {
     if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts);
     if (s.parts.keep) {
       load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, panel);
-      multiply_tile_by(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
+      scale_pairs(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
     }
     const RowState* state = w.rows + query_index(p, band, t.h) + t.i0;
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
@@ -386,12 +386,12 @@ struct Backward {
       gradients<kN, true>(prob, grad, r0, r1, state, to_log2, absent);
     if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
     if (w.distances) add_to_distances(panel, grad + r0 * stride);
-    if (s.parts.slopes) multiply_tile_by(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
+    if (s.parts.slopes) scale_pairs(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
     if (s.parts.keep) drop(prob + r0 * stride, stride, s.parts.keep, int64_t{width}, r1 - r0);
   }
 
   // Zeros stay zeros: they may be absent pairs, whose factor may be NaN.
-  static void multiply_tile_by(C* x, int64_t stride, const C* factor, int64_t width, int64_t rows) {
+  static void scale_pairs(C* x, int64_t stride, const C* factor, int64_t width, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t l = 0; l < width; l += n) {
         const Vec<C> y = load(x + r * stride + l);
@@ -455,20 +455,32 @@ struct Backward {
       bias.add_gradient(diagonal_distance<InLanes::keys>(band, t, x), s.diagonals[x], sums, sums + 1);
   }
 
-  // The three products pair by pair, leaving absent pairs (P = -1) out.
+  // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do
+  // not depend on the way.
   void multiply_carefully(const Tile& t, C* dq, int64_t dq_stride) const {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
-    for (int64_t i = 0; i < t.i1 - t.i0; ++i)
-      for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
-        const C prob = s.p[i * stride + j], grad = s.ds[i * stride + j];
-        if (prob < 0) continue;
-        for (int64_t x = 0; x < dv; x += n)
-          store(s.dv + j * dv + x, load(s.dv + j * dv + x) + prob * load(s.dout + i * dv + x));
-        for (int64_t x = 0; x < dk; x += n) {
-          store(s.dk + j * dk + x, load(s.dk + j * dk + x) + grad * load(s.q + i * dk + x));
-          store(dq + i * dq_stride + x, load(dq + i * dq_stride + x) + grad * load(s.k + j * dk + x));
-        }
-      }
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
+    const auto add = [](C* to, int64_t count, auto term) {
+      Vec<C> sum = {};
+      for (int64_t x = 0; x < count; ++x) term(x, sum);
+      store(to, load(to) + sum);
+    };
+    const auto present = [&](int64_t i, int64_t j) { return !(s.p[i * stride + j] < 0); };
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t x = 0; x < dv; x += n)
+        add(s.dv + j * dv + x, queries, [&](int64_t i, Vec<C>& sum) {
+          if (present(i, j)) sum += s.p[i * stride + j] * load(s.dout + i * dv + x);
+        });
+      for (int64_t x = 0; x < dk; x += n)
+        add(s.dk + j * dk + x, queries, [&](int64_t i, Vec<C>& sum) {
+          if (present(i, j)) sum += s.ds[i * stride + j] * load(s.q + i * dk + x);
+        });
+    }
+    for (int64_t i = 0; i < queries; ++i)
+      for (int64_t x = 0; x < dk; x += n)
+        add(dq + i * dq_stride + x, keys, [&](int64_t j, Vec<C>& sum) {
+          if (present(i, j)) sum += s.ds[i * stride + j] * load(s.k + j * dk + x);
+        });
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
@@ -481,9 +493,9 @@ struct Backward {
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
     const int64_t parts = groups(p, band.keys);
-    const Rows sum = dq_rows(p, w, band, 0, t.h);
+    const Sums sum = dq_rows(p, w, band, 0, t.h);
     for (int64_t part = 1; part < parts; ++part) {
-      const Rows more = dq_rows(p, w, band, part, t.h);
+      const Sums more = dq_rows(p, w, band, part, t.h);
       for (int64_t i = t.i0; i < t.i1; ++i)
         for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) {
           C* to = sum.data + i * sum.stride + d;

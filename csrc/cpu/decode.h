@@ -19,12 +19,11 @@ namespace heedful::HEEDFUL_TARGET {
 // Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
 constexpr int64_t kFewQueries = 4;
 
+// Whether any sequence may; whether this one does.
 inline bool may_decode(const Problem& p) {
   return p.normalizer == Normalizer::softmax && (p.Sq <= kFewQueries || p.q_lengths || p.q_offsets);
 }
-inline bool decodes(const Problem& p, const Band& band) {
-  return p.normalizer == Normalizer::softmax && band.queries <= kFewQueries;
-}
+inline bool decodes(const Problem& p, const Band& band) { return may_decode(p) && band.queries <= kFewQueries; }
 
 template <class S>
 struct Decode {
@@ -44,9 +43,14 @@ struct Decode {
   struct Partial {
     C *out, *maximum, *sum;  // out: [rows][padded Dv]
   };
-  static Partial partial(const Problem& p, int64_t b, int64_t hk, int64_t chunk) {
-    const int64_t rows = most_rows(p), dim = padded<C>(p.Dv), parts = p.B * p.Hk * chunks(p);
-    const int64_t part = (b * p.Hk + hk) * chunks(p) + chunk;
+  // The chunks of all sequences of a key/value head, one after the other; packed ones take what their keys need.
+  static int64_t all_chunks(const Problem& p) { return p.k_offsets ? p.k_rows / kChunk + p.B : p.B * chunks(p); }
+  static Partial partial(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t chunk) {
+    const int64_t rows = most_rows(p), dim = padded<C>(p.Dv), parts = p.Hk * all_chunks(p);
+    // Sequence b begins at row k_row: no earlier one has more than k_row / kChunk + b chunks together with those
+    // before.
+    const int64_t first = p.k_offsets ? band.k_row / kChunk + b : b * chunks(p);
+    const int64_t part = hk * all_chunks(p) + first + chunk;
     Carver carve{static_cast<char*>(p.workspace)};
     C* out = carve.template take<C>(parts * rows * dim);
     C* maximum = carve.template take<C>(parts * rows);
@@ -54,13 +58,15 @@ struct Decode {
     return {out + part * rows * dim, maximum + part * rows, sum + part * rows};
   }
   static size_t workspace_bytes(const Problem& p) {
-    const int64_t rows = p.B * p.Hk * chunks(p) * most_rows(p);
+    const int64_t rows = p.Hk * all_chunks(p) * most_rows(p);
     Carver carve{nullptr};
     carve.template take<C>(rows * padded<C>(p.Dv));
     carve.template take<C>(rows);
     carve.template take<C>(rows);
     return carve.size;
   }
+  // Of one sequence, one at least.
+  static int64_t own_chunks(const Band& band) { return most<int64_t>((band.keys + kChunk - 1) / kChunk, 1); }
 
   struct Scratch {
     C *q, *scores, *k, *v;
@@ -77,6 +83,7 @@ struct Decode {
     return carve.size;
   }
 
+  // Whole vectors are read where they lie, however far apart the rows: each is read once.
   static bool in_place(const View& view, int64_t dim) {
     return sizeof(S) == sizeof(C) && view.stride[3] == 1 && dim % n == 0;
   }
@@ -96,10 +103,10 @@ struct Decode {
     const int64_t per_head = chunks(p), head = task / per_head, chunk = task % per_head;
     const int64_t b = head / p.Hk, hk = head % p.Hk;
     const Band band(p, b);
-    if (!decodes(p, band)) return;
+    if (!decodes(p, band) || chunk >= own_chunks(band)) return;
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
-    const Decode d{p, band, s, partial(p, b, hk, chunk), b, hk, chunk};
+    const Decode d{p, band, s, partial(p, band, b, hk, chunk), b, hk, chunk};
     d.attend(false);
     // As in the forward kernel: a masked V_j that is not finite shows in the result.
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
@@ -143,16 +150,9 @@ struct Decode {
     }
   }
 
-  struct Rows {
-    const C* data;
-    int64_t stride;
-  };
-  Rows rows_of(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
+  Rows<C> rows_of(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
     const S* data = row_of<const S>(view, band.batch, hk, band.k_row + j0);
-    if constexpr (sizeof(S) == sizeof(C))
-      if (!packed) return {data, view.stride[2]};
-    load_tile<C>(packed, width, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width, C(1));
-    return {packed, width};
+    return load_rows<C>(packed, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width);
   }
 
   // Keys [j0, j1) of one tile of a block mask.
@@ -162,9 +162,9 @@ struct Decode {
     for (int64_t g = 0; !any && g < heads_per_group(p); ++g) any = mask_tile(p, b, head(g), 0, j0) != kEmptyTile;
     if (!any) return;
     const int64_t dim = padded<C>(embedded_dim(p));
-    const Rows k = rows_of(p.k, s.k, p.D, dim, j0, j1);
+    const Rows<C> k = rows_of(p.k, s.k, p.D, dim, j0, j1);
     if (s.k) embed_rows(p, Role::key, s.k, dim, keys, C(1));
-    const Rows v = rows_of(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+    const Rows<C> v = rows_of(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
     for (int64_t j = 0; j < keys; j += n) score_keys(k, v, j, least<int64_t>(n, keys - j));
     for (int64_t g = 0; g < heads_per_group(p); ++g) {
       const int32_t tile = mask_tile(p, b, head(g), 0, j0);
@@ -178,8 +178,8 @@ struct Decode {
                                     padded<C>(p.Dv), part.out, WholeSum{keys});
   }
 
-  // Products of all rows with up to n keys, beginning with the block's key j; those beyond `count` become 0.
-  HEEDFUL_FN void score_keys(const Rows& k, const Rows& v, int64_t j, int64_t count) const {
+  // Products of all rows with up to n keys, beginning with the block's key j; lanes beyond `count` are taken out later.
+  HEEDFUL_FN void score_keys(const Rows<C>& k, const Rows<C>& v, int64_t j, int64_t count) const {
     const int64_t dim = padded<C>(embedded_dim(p));
     for (int64_t i = 0; i < count; ++i)  // V is next: its rows come into the second cache meanwhile
       for (int64_t d = 0; d < p.Dv; d += 64 / int64_t(sizeof(C)))
@@ -241,60 +241,60 @@ struct Decode {
     if (s.parts.keep && !empty) drop(scores, kKeys, s.parts.keep, width, queries);
   }
 
-  // Absent pairs, marked by -1, are left out one by one.
-  void add_values_carefully(const Rows& v, int64_t keys) const {
+  // Absent pairs, marked by -1, are left out one by one; the rest is added up in the order of `multiply`.
+  void add_values_carefully(const Rows<C>& v, int64_t keys) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t r = 0; r < rows(); ++r)
-      for (int64_t j = 0; j < keys; ++j) {
-        const C prob = s.scores[r * kKeys + j];
-        if (prob < 0) continue;
-        for (int64_t d = 0; d < p.Dv; ++d) part.out[r * dim + d] += prob * v.data[j * v.stride + d];
+      for (int64_t d = 0; d < dim; d += n) {
+        Vec<C> sum = {};
+        for (int64_t j = 0; j < keys; ++j) {
+          const C prob = s.scores[r * kKeys + j];
+          if (!(prob < 0)) sum += prob * load(v.data + j * v.stride + d);
+        }
+        store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
       }
   }
 
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   // out = sum of the chunks' O, each relative to the maximum of all, over the sum of their sums; a sink is one more
-  // sum.
+  // sum. O is added up in the first chunk's.
   static void join(const Problem& p, int64_t task, void*) {
     const int64_t b = task / p.Hq, h = task % p.Hq, hk = h / heads_per_group(p), g = h % heads_per_group(p);
     const Band band(p, b);
     if (!decodes(p, band)) return;
-    const int64_t dim = padded<C>(p.Dv), parts = chunks(p);
+    const int64_t dim = padded<C>(p.Dv), parts = own_chunks(band);
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     const double unit = score_unit(p);
     C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
     for (int64_t i = 0; i < band.q_rows; ++i) {
       S* out = row_of<S>(p.out, band.batch, h, band.q_row + i);
-      const int64_t row = g * band.queries + i;
-      C top = sink, sum = 0;
-      const bool exists = i < band.queries;
-      // A NaN among the scores shows in the sums alone.
-      for (int64_t c = 0; exists && c < parts; ++c) top = most(top, partial(p, b, hk, c).maximum[row]);
-      const auto weight = [&](C maximum) {
-        const C reference = top == -kInfinity<C> ? C(0) : top;
-        return exp2_or_zero<C>(broadcast<C>((maximum - reference) * C(unit * kLog2e)))[0];
-      };
-      if (sink != -kInfinity<C>) sum = weight(sink);
-      for (int64_t c = 0; exists && c < parts; ++c) {
-        const Partial part = partial(p, b, hk, c);
-        sum += part.sum[row] * weight(part.maximum[row]);
-      }
-      if (!exists || (top == -kInfinity<C> && sum == sum)) {
+      if (i >= band.queries) {
         lse[i] = -kInfinity<C>;
         for (int64_t d = 0; d < p.Dv; ++d) from_compute(C(0), out + d);
         continue;
       }
-      lse[i] = C((top == -kInfinity<C> ? C(0) : top) * unit + log2<C>(broadcast<C>(sum))[0] * kLn2);
-      for (int64_t d = 0; d < dim; d += n) {
-        Vec<C> x = {};
-        for (int64_t c = 0; c < parts; ++c) {
-          const Partial part = partial(p, b, hk, c);
-          if (part.sum[row] != 0) x += load(part.out + row * dim + d) * weight(part.maximum[row]);
+      const int64_t row = g * band.queries + i;
+      C top = sink;
+      for (int64_t c = 0; c < parts; ++c) top = most(top, partial(p, band, b, hk, c).maximum[row]);
+      const C reference = top == -kInfinity<C> ? C(0) : top;
+      const auto weight = [&](C maximum) {
+        return exp2_or_zero<C>(broadcast<C>((maximum - reference) * C(unit * kLog2e)))[0];
+      };
+      C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial(p, band, b, hk, 0).out + row * dim;
+      for (int64_t c = 0; c < parts; ++c) {
+        const Partial part = partial(p, band, b, hk, c);
+        const C w = weight(part.maximum[row]);
+        sum += part.sum[row] * w;
+        for (int64_t d = 0; d < dim; d += n) {
+          const Vec<C> x = part.sum[row] == 0 ? Vec<C>{} : load(part.out + row * dim + d) * w;
+          store(total + d, c ? load(total + d) + x : x);
         }
-        x = x / sum;
-        for (int64_t l = 0; l < least<int64_t>(n, p.Dv - d); ++l) from_compute(x[l], out + d + l);
       }
+      // A NaN among the scores shows in the sum alone.
+      const bool dead = top == -kInfinity<C> && sum == sum;
+      lse[i] = dead ? -kInfinity<C> : C(reference * unit + log2<C>(broadcast<C>(sum))[0] * kLn2);
+      for (int64_t d = 0; d < p.Dv; ++d) from_compute(dead ? C(0) : total[d] / sum, out + d);
     }
   }
 };

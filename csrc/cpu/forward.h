@@ -115,19 +115,12 @@ struct Forward {
   }
 
   // Keys [j0, j1) as rows of the compute type.
-  struct Rows {
-    const C* data;
-    int64_t stride;
-  };
-  Rows rows(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
+  Rows<C> rows(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
     const S* data = row_of<const S>(view, band.batch, kv_head(), band.k_row + j0);
-    if constexpr (sizeof(S) == sizeof(C))
-      if (!packed) return {data, view.stride[2]};
-    load_tile<C>(packed, width, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width, C(1));
-    return {packed, width};
+    return load_rows<C>(packed, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width);
   }
-  Rows key_rows(int64_t j0, int64_t j1) const {
-    const Rows k = rows(p.k, s.k, p.D, padded<C>(embedded_dim(p)), j0, j1);
+  Rows<C> key_rows(int64_t j0, int64_t j1) const {
+    const Rows<C> k = rows(p.k, s.k, p.D, padded<C>(embedded_dim(p)), j0, j1);
     if (s.k) embed_rows(p, Role::key, s.k, k.stride, j1 - j0, C(1));
     return k;
   }
@@ -148,7 +141,7 @@ struct Forward {
       const int32_t mask_tile = HEEDFUL_TARGET::mask_tile(p, b, h, i0, j0);
       if (mask_tile == kEmptyTile) continue;
       const int64_t j1 = least(next, end_key);
-      const Rows k = key_rows(j0, j1), v = s.best ? Rows{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+      const Rows<C> k = key_rows(j0, j1), v = s.best ? Rows<C>{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
@@ -233,11 +226,12 @@ struct Forward {
   HEEDFUL_FN void add_values_carefully(int64_t keys, const C* v, int64_t v_stride, C* out, const C* rescale) const {
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
-        Vec<C> sum = load(out + (d * kN + x) * n) * load(rescale + x * n);
+        Vec<C> sum = {};  // in the order of `multiply`: the bits do not depend on the way
         for (int64_t j = 0; j < keys; ++j) {
           const Vec<C> y = load(s.scores + (j * kN + x) * n);
           sum += select(y < Vec<C>{}, Vec<C>{}, y * broadcast<C>(v[j * v_stride + d]));
         }
+        sum += load(out + (d * kN + x) * n) * load(rescale + x * n);
         store(out + (d * kN + x) * n, sum);
       }
   }

@@ -198,7 +198,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
       }
       if (mask) allowed &= load(mask + r * width + l) != Vec<C>{};
       if (bias) x = add_bias(x, load(bias + r * width + l), minus_infinity);
-      if (distances) x += load(distances + (rows - 1 - r) + l);
+      if (distances) x = add_bias(x, load(distances + (rows - 1 - r) + l), minus_infinity);
       store(s + r * stride + l, select(allowed, x, minus_infinity));
     }
   }

@@ -50,10 +50,12 @@ HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t 
   if (lanes <= 0) {
     edge(0, rows, 0, width);  // zeros alone: there may be nothing to read
   } else if (from.lane_stride == 0) {
+    const int64_t whole = lanes / n * n;
     for (int64_t r = 0; r < rows; ++r) {
       const Vec<C> x = broadcast<C>(C(to_compute(from.data[r * from.row_stride])) * scale);
-      for (int64_t l = 0; l < width; l += n) store(to + r * to_stride + l, x);
+      for (int64_t l = 0; l < whole; l += n) store(to + r * to_stride + l, x);
     }
+    edge(0, rows, whole, width);
   } else if (from.lane_stride == 1) {
     const int64_t whole = lanes / n * n;
     for (int64_t r = 0; r < rows; ++r)
@@ -78,6 +80,22 @@ HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t 
   } else {
     edge(0, rows, 0, width);
   }
+}
+
+// Rows of the compute type, lanes contiguous.
+template <class C>
+struct Rows {
+  const C* data;
+  int64_t stride;
+};
+
+// Where they lie, if `packed` is null: then S is C. Else loaded there, `width` wide.
+template <class C, class S>
+HEEDFUL_FN Rows<C> load_rows(C* packed, Source<S> from, int64_t rows, int64_t lanes, int64_t width) {
+  if constexpr (sizeof(S) == sizeof(C))
+    if (!packed) return {from.data, from.row_stride};
+  load_tile<C>(packed, width, from, rows, lanes, width, C(1));
+  return {packed, width};
 }
 
 // to[r * to_stride + l] = scale * from[r * from_stride + l] for l < lanes.

@@ -18,8 +18,9 @@ from heedful.explain import Explanation
 
 FAILED, CANNOT_RUN = 1, 2
 CHECK = """\
-Self-check against torch, results and gradients. Allowed is twice the error of torch's own operator
-in the same dtype, plus a rounding; both errors are taken against float64. Below 1.00 is good."""
+Self-check against torch, results and gradients; where torch has no such option, against its plain
+operations (heedful.reference). Allowed is twice the error of torch in the same dtype, plus a
+rounding; both errors are taken against float64. Below 1.00 is good."""
 PROGRAM = """\
 Attention operators for PyTorch. Without a command: says what was built and what runs on this
 machine, and checks every operator against torch's; a few seconds."""

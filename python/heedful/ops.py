@@ -59,6 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         return _forward_op(q, k, v, **arguments)
     transformed = _transformed()
     if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *arguments.values())):
+        arguments = {name: x for name, x in arguments.items() if x is not None}
         if torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
             q, k, v, arguments = _cast(q, k, v, arguments)
         if not transformed:

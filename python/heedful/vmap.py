@@ -79,7 +79,9 @@ def _fold(name: str, x: Tensor | None, dim: int | None, size: int, batch: int, e
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     if name in SHARED and rank == SHARED[name]:
         x = x.unsqueeze(1)
-    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+    # Of all others a wrong batch size is for the operator to report.
+    broadcasts = x.shape[1] == 1 and (name in SHARED or name in BROADCAST)
+    return (x.expand(size, batch, *x.shape[2:]) if broadcasts else x).flatten(0, 1)
 
 
 def _joined_tiles(size: int, tiles: tuple, bits: tuple) -> tuple:
