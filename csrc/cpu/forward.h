@@ -52,7 +52,13 @@ struct Forward {
     return sizeof(S) == sizeof(C) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
   }
 
-  static int64_t blocks(const Problem& p) { return (p.Sq + kQueries - 1) / kQueries; }
+  // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
+  // lie where they lie, and masked keys add nothing.
+  static int64_t block_queries(const Problem& p) {
+    constexpr int64_t kFewTasks = 4, small = least<int64_t>(kQueries, 2 * kVectors * n);
+    return p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks ? small : kQueries;
+  }
+  static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
 
   static void plan(const Problem& p, Plan* plan) {
     Scratch s;
@@ -90,7 +96,8 @@ struct Forward {
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
     const Band band(p, head / p.Hq);
-    return {p, band, s, head / p.Hq, head % p.Hq, block * kQueries, least(band.q_rows, (block + 1) * kQueries)};
+    const int64_t i0 = block * block_queries(p), i1 = least(band.q_rows, i0 + block_queries(p));
+    return {p, band, s, head / p.Hq, head % p.Hq, i0, i1};
   }
 
   const Problem& p;
@@ -136,8 +143,9 @@ struct Forward {
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0) return;
     const int64_t first_key = band.first_key(i0), end_key = band.end_key(last);
+    const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
-      next = p.tiles.data ? (j0 / kMaskTile + 1) * kMaskTile : j0 + kKeys;
+      next = (j0 / block_keys + 1) * block_keys;
       const int64_t j1 = least(next, end_key);
       Tile block{b, h, i0, last + 1, j0, j1};
       if (!find_masks(p, &block)) continue;

@@ -17,28 +17,33 @@
 namespace heedful::cpu {
 namespace {
 
-// Grows to what a thread's largest task needs, a megabyte or so, and is kept: fresh pages would cost more than a small
-// call.
-char* thread_scratch(size_t bytes) {
-  thread_local std::unique_ptr<char, decltype(&std::free)> buffer(nullptr, &std::free);
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    buffer.reset();
-    size = 0;
-    buffer.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-    if (!buffer) throw std::bad_alloc();
-    size = bytes;
+// Grows to what has been asked for, a megabyte or so, and is kept: fresh pages would cost more than a small call.
+struct Buffer {
+  std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
+  size_t size = 0;
+
+  char* at_least(size_t bytes) {
+    if (size < bytes) {
+      data.reset();
+      size = 0;
+      data.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      if (!data) throw std::bad_alloc();
+      size = bytes;
+    }
+    return data.get();
   }
-  return buffer.get();
-}
+};
+// For a thread's tasks, and for the calls it makes.
+thread_local Buffer scratch, small_workspace;
+constexpr size_t kSmallWorkspace = 1 << 20;
 
 // Threads pull tasks in order, heaviest first; which thread runs a task does not change its result.
 void run_phase(const Problem& p, const Phase& phase, size_t scratch_bytes) {
   std::atomic<int64_t> next{0};
   const auto pull = [&](int64_t, int64_t) {
-    char* scratch = thread_scratch(scratch_bytes);
+    char* memory = scratch.at_least(scratch_bytes);
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;)
-      phase.run(p, task, scratch);
+      phase.run(p, task, memory);
   };
   // Waking threads costs about 5 us, the time of this many multiply-adds on one.
   constexpr double kSmall = 2e5;
@@ -57,7 +62,9 @@ void run(Problem& p, bool backward, const Tensor& like) {
   Plan plan;
   (backward ? selection.cpu->backward : selection.cpu->forward)[dtype](p, &plan);
   Tensor workspace;
-  if (plan.workspace_bytes) {
+  if (plan.workspace_bytes <= kSmallWorkspace) {
+    p.workspace = small_workspace.at_least(plan.workspace_bytes);
+  } else {
     const int64_t size = int64_t(plan.workspace_bytes);
     workspace = torch::stable::new_empty(like, {&size, 1}, torch::headeronly::ScalarType::Byte);
     p.workspace = workspace.data_ptr();

@@ -70,6 +70,26 @@ class SlidingWindow(Mask):
             bound = bound & Bound(most >= -self.left, least >= -self.left)
         return bound if self.right is None else bound & Bound(least <= self.right, most <= self.right)
 
+    def lower(
+        self,
+        q_length: int,
+        k_length: int,
+        batch: int,
+        heads: int,
+        like: Tensor,
+        align: Align,
+        lengths: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """As every mask's, by the shortest way."""
+        if lengths is not None or isinstance(align, Tensor):
+            return super().lower(q_length, k_length, batch, heads, like, align, lengths)
+        arguments = {"q_start": positions(align, q_length, k_length, None, None, like)[0]}
+        if self.left is not None:
+            arguments["left"] = self.left
+        if self.right is not None:
+            arguments["right"] = self.right
+        return arguments
+
     def __repr__(self) -> str:
         return f"SlidingWindow(left={self.left}, right={self.right})"
 

@@ -45,12 +45,21 @@ def scaled_dot_product_attention(
         options |= _dropout(dropout_p, query)
     if query.is_nested or key.is_nested or value.is_nested:
         return _jagged(query, key, value, attn_mask, options, enable_gqa)
-    if attn_mask is None and query.dim() == key.dim() == value.dim() == 4:
+    if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or _fits(attn_mask, query, key, is_causal)):
         (batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = query.shape, key.shape, value.shape
         same = batch == k_batch == v_batch and k_heads == v_heads
         if same and (q_heads == k_heads or (enable_gqa and k_heads != 0 and q_heads % k_heads == 0)):
+            if attn_mask is not None:
+                options["mask" if attn_mask.dtype is torch.bool else "bias"] = attn_mask
             return ops.forward(query, key, value, **options)[0]
     return _broadcasting(query, key, value, attn_mask, options, enable_gqa)
+
+
+def _fits(mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> bool:
+    """Whether the operator takes the mask as it is, at the cost of a glance."""
+    if is_causal or not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype not in (torch.bool, query.dtype):
+        return False
+    return all(m == 1 or m == n for m, n in zip(mask.shape, (*query.shape[:3], key.shape[2])))
 
 
 def _dropout(p: float, like: Tensor) -> Arguments:
