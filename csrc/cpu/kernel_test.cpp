@@ -5,9 +5,9 @@
 #include <cstring>
 #include <memory>
 
+#include "../select.h"
 #include "kernel_test_call.h"
 #include "kernel_test_definition.h"
-#include "kernels.h"
 
 namespace {
 
@@ -56,17 +56,11 @@ void compare(const Case& c, const char* isa, const char* what, double size, cons
 }
 
 const std::vector<const InstructionSet*> kInstructionSets = [] {
-  std::vector<const InstructionSet*> all = {&kBaseline};
-#ifdef HEEDFUL_HAVE_AVX2
-  // Clang learnt to ask for f16c late; no processor has avx2 without it.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&kAvx2);
-#endif
-#ifdef HEEDFUL_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    all.push_back(&kAvx512);
-#endif
-  return all;
+  std::vector<const InstructionSet*> runnable;
+  const std::vector<std::string>& here = this_machine().cpu;
+  for (const InstructionSet* isa : instruction_sets())
+    if (std::find(here.begin(), here.end(), isa->name) != here.end()) runnable.push_back(isa);
+  return runnable;
 }();
 
 void test(const Case& c) {
