@@ -4,6 +4,7 @@
     python benchmarks/features.py cost [--threads N] [--repeats N]      time over that of the plain call
     python benchmarks/features.py blocks [--threads N] [--repeats N]    time against the share of tiles kept
     python benchmarks/features.py memory                                peak memory beyond the inputs, a process a row
+    python benchmarks/features.py contexts [--threads N]                time and memory of very long contexts
 
 Each prints Markdown tables. Calls are timed in turns in one process, so that they meet the same noise; the best of
 several counts. Run it on a quiet machine.
@@ -16,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from beside_torch import cpu_name, in_turns
@@ -26,6 +27,8 @@ import heedful
 
 SIZES = {"B": 1, "H": 4, "S": 4096, "D": 64}
 LONG = {"B": 1, "H": 2, "S": 16384, "D": 64}
+CONTEXT = {"B": 1, "H": 1, "D": 64}
+WINDOW = 256
 MIB = 2**20
 
 
@@ -112,31 +115,70 @@ def long_biases() -> dict[str, Callable[[], object]]:
     }
 
 
-def long_call(name: str) -> None:
-    """One row of the table of memory, in this process alone."""
-    B, H, S, D = LONG.values()
+def one_call(B: int, H: int, S: int, D: int, options: Callable[[], dict]) -> tuple[float, float, float]:
+    """Seconds forward and backward, and peak MiB beyond the inputs, of the first call in this process."""
     q, k, v = (torch.randn(B, H, S, D).requires_grad_() for _ in range(3))
     small = [torch.randn(1, H, 64, D).requires_grad_() for _ in range(3)]
     heedful.attention(*small).sum().backward()  # what torch takes at its first call is not the call's
-    bias = long_biases()[name]()
+    given = options()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    heedful.attention(q, k, v, bias=bias).sum().backward()
-    seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"| {name} | {peak:.0f} | {B * H * S * S * 4 / MIB:.0f} | {seconds:.1f} |")
+    out = heedful.attention(q, k, v, **given)
+    forward = time.perf_counter() - start
+    out.sum().backward()
+    backward = time.perf_counter() - start - forward
+    return forward, backward, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def memory() -> None:
+def memory_row(name: str) -> None:
+    B, H, S, _ = LONG.values()
+    forward, backward, peak = one_call(**LONG, options=lambda: {"bias": long_biases()[name]()})
+    print(f"| {name} | {peak:.0f} | {B * H * S * S * 4 / MIB:.0f} | {forward + backward:.1f} |")
+
+
+def contexts() -> dict[str, tuple[int, float, Callable[[], dict]]]:
+    """By name: S, the pairs that meet, and the options of a call."""
+    S, many = 2**17, 2**20
+    window = heedful.SlidingWindow(WINDOW - 1, 0)
+    return {
+        f"full, {S} tokens": (S, S * S, dict),
+        f"causal, {S} tokens": (S, S * S / 2, lambda: {"mask": heedful.Causal()}),
+        f"window of {WINDOW}, {many} tokens": (many, many * WINDOW, lambda: {"mask": window}),
+    }
+
+
+def contexts_row(name: str) -> None:
+    B, H, D = CONTEXT.values()
+    S, pairs, options = contexts()[name]
+    forward, backward, peak = one_call(B, H, S, D, options)
+    rate = 4 * B * H * pairs * D / 1e9
+    print(
+        f"| {name} | {forward:.1f} | {rate / forward:.0f} | {backward:.1f} | {2.5 * rate / backward:.0f} "
+        f"| {7 * B * H * S * D * 4 / MIB:.0f} | {peak:.0f} | {B * H * S * S * 4 / MIB:.0f} |"
+    )
+
+
+def each_in_a_process(what: str, rows: Iterable[str], threads: int) -> None:
+    sys.stdout.flush()
+    for row in rows:
+        subprocess.run([sys.executable, __file__, what, "--threads", str(threads), "--row", row], check=True)
+
+
+def memory(threads: int) -> None:
     print(f"\nInputs, out and gradients: {7 * LONG['B'] * LONG['H'] * LONG['S'] * LONG['D'] * 4 / MIB:.0f} MiB.")
-    print("\n| bias that wants a gradient | peak, MiB | Sq x Sk scores, MiB | seconds |\n|---|---|---|---|", flush=True)
-    for name in long_biases():
-        subprocess.run([sys.executable, __file__, "memory", "--row", name], check=True)
+    print("\n| bias that wants a gradient | peak, MiB | Sq x Sk scores, MiB | seconds |\n|---|---|---|---|")
+    each_in_a_process("memory", long_biases(), threads)
+
+
+def long_contexts(threads: int) -> None:
+    print("\n| | forward, s | GF/s | backward, s | GF/s | inputs, out and gradients, MiB | peak, MiB | scores, MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    each_in_a_process("contexts", contexts(), threads)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "blocks", "memory"))
+    parser.add_argument("what", choices=("cost", "blocks", "memory", "contexts"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -144,13 +186,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.row:
-        return long_call(args.row)
+        return {"memory": memory_row, "contexts": contexts_row}[args.what](args.row)
     kernel = heedful.explain(*(torch.empty(1, 1, 1, 8),) * 3).kernel
-    sizes = LONG if args.what == "memory" else SIZES
+    sizes = {"memory": LONG, "contexts": CONTEXT}.get(args.what, SIZES)
     print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {args.threads} threads, torch {torch.__version__}, {kernel}")
     print(f"float32, {' x '.join(f'{name} {n}' for name, n in sizes.items())}")
-    {"cost": cost, "blocks": blocks}[args.what](args.repeats) if args.what != "memory" else memory()
-    return None
+    if args.what in ("cost", "blocks"):
+        {"cost": cost, "blocks": blocks}[args.what](args.repeats)
+    else:
+        {"memory": memory, "contexts": long_contexts}[args.what](args.threads)
 
 
 if __name__ == "__main__":
