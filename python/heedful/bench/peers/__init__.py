@@ -1,0 +1,1 @@
+"""What heedful is compared with: one module a library."""
