@@ -50,8 +50,13 @@ class Row:
 
     @property
     def decodes(self) -> bool:
-        """One query on many keys: nobody differentiates that."""
+        """One query on a cache of keys."""
         return self.Sq == 1 < self.Sk
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Nobody differentiates decoding."""
+        return ("forward",) if self.decodes else ("forward", "backward")
 
     @property
     def lengths(self) -> Tensor:
@@ -103,7 +108,7 @@ class Row:
 
 @dataclass
 class Inputs:
-    """Tensors of one row. `allowed` says in bool, broadcastable to [B, Hq, Sq, Sk], what the form masks, if not causal."""
+    """Tensors of one row. `allowed`, bool and broadcastable to [B, Hq, Sq, Sk], is what a form but causal masks by."""
 
     q: Tensor
     k: Tensor
@@ -112,3 +117,69 @@ class Inputs:
     allowed: Tensor | None = None
     lengths: Tensor | None = None
     bias: Tensor | None = None
+
+
+def _rows(dtype: str, *shapes: tuple) -> list[Row]:
+    return [Row(dtype, *shape) for shape in shapes]
+
+
+SINGLE = {
+    "float32": [
+        (1, 12, 12, 1024, 1024, 64, "full"),
+        (1, 12, 12, 1024, 1024, 64, "causal"),
+        (1, 4, 4, 4096, 4096, 128, "full"),
+        (1, 4, 4, 4096, 4096, 128, "causal"),
+        (1, 16, 2, 2048, 2048, 64, "causal"),
+        (1, 8, 8, 1024, 1024, 32, "full"),
+        (1, 4, 4, 1024, 1024, 256, "causal"),
+        (32, 12, 12, 64, 64, 64, "full"),
+        (1, 12, 12, 197, 197, 64, "full"),  # a vision transformer's
+        (8, 12, 12, 512, 512, 64, "padded"),
+        (8, 12, 12, 512, 512, 64, "lengths"),
+        (8, 12, 12, 512, 512, 64, "varlen"),
+        (1, 12, 12, 1024, 1024, 64, "mask"),
+        (1, 12, 12, 1024, 1024, 64, "bias"),
+        (1, 12, 12, 1024, 1024, 64, "bias-gradient"),
+        (1, 4, 4, 4096, 4096, 64, "window"),
+    ],
+    "bfloat16": [
+        (1, 12, 12, 1024, 1024, 64, "full"),
+        (1, 12, 12, 1024, 1024, 64, "causal"),
+        (1, 4, 4, 4096, 4096, 128, "causal"),
+        (1, 16, 2, 2048, 2048, 64, "causal"),
+        (32, 12, 12, 64, 64, 64, "full"),
+    ],
+    "float16": [(1, 12, 12, 1024, 1024, 64, "causal"), (1, 4, 4, 4096, 4096, 128, "causal")],
+}
+DECODING = [(8, 32, 8, 1, 4096, 128), (1, 32, 8, 1, 16384, 128), (1, 8, 8, 1, 16384, 128), (1, 32, 1, 1, 65536, 128)]
+CURVES = [  # dtype, form, heads, S: one line a peer in the pictures
+    ("float32", "full", 8, (128, 256, 512, 1024, 2048, 4096)),
+    ("float32", "causal", 8, (128, 256, 512, 1024, 2048, 4096)),
+    ("bfloat16", "causal", 8, (128, 256, 512, 1024, 2048, 4096)),
+]
+CACHES = (256, 1024, 4096, 16384)  # keys of one query
+MEMORY = [Row("float32", 1, 2, 2, s, s, 64, "causal") for s in (512, 1024, 2048, 4096, 8192)]
+
+
+def rows() -> list[Row]:
+    """All that `python -m heedful bench` measures."""
+    found = [row for dtype, shapes in SINGLE.items() for row in _rows(dtype, *shapes)]
+    found += [row for dtype in SHORT for row in _rows(dtype, *DECODING)]
+    for dtype, form, heads, lengths in CURVES:
+        found += _rows(dtype, *((1, heads, heads, s, s, 64, form) for s in lengths))
+    found += [row for dtype in SHORT for row in _rows(dtype, *((1, 32, 8, 1, s, 128) for s in CACHES))]
+    return list(dict.fromkeys(found))
+
+
+def quick_rows() -> list[Row]:
+    """A few small ones."""
+    found = _rows(
+        "float32", *((1, 8, 8, s, s, 64, "causal") for s in (128, 256, 512)), (4, 4, 4, 256, 256, 64, "padded")
+    )
+    return [
+        *found,
+        Row("float32", 1, 4, 4, 256, 256, 64, "bias-gradient"),
+        Row("float32", 1, 32, 8, 1, 1024, 128),
+        Row("bfloat16", 1, 8, 8, 256, 256, 64, "causal"),
+        Row("float16", 1, 8, 8, 256, 256, 64, "causal"),
+    ]

@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import heedful
-
 from . import agreement, timing
 from .peers.ours import Heedful
 from .peers.sdpa import Torch
+from .report import QUIET, machine, table
 from .rows import SHORT, Row
 
 REPEATS, BURST, BUDGET = 2, 0.02, 1.0  # turns, and seconds of each and of all
-QUIET, TRIALS = 0.05, 4  # the share of the processors that others may take, and how often to try for it
+TRIALS = 3  # how often to try for a moment that others leave alone
 DTYPES = tuple(SHORT)
 DIMS = (16, 17, 32, 33, 40, 63, 64, 65, 72, 80, 96, 100, 127, 128, 160, 192, 256)
 LENGTHS = (1, 2, 7, 16, 33, 64, 100, 128, 197, 256, 384, 511, 1024, 2048, 4096, 8192)
@@ -37,12 +34,18 @@ def cells() -> list[Row]:
         for form in ("full", "causal"):
             rows += [Row(dtype, 1, 8, 8, 512, 512, d, form) for d in DIMS]
             rows += [Row(dtype, 1, _heads(s), _heads(s), s, s, 64, form) for s in LENGTHS]
-            rows += [Row(dtype, b, 12, 12, s, s, 64, form) for b, s in ((32, 16), (32, 32), (32, 64), (8, 128), (8, 256))]
+            rows += [
+                Row(dtype, b, 12, 12, s, s, 64, form) for b, s in ((32, 16), (32, 32), (32, 64), (8, 128), (8, 256))
+            ]
             rows += [Row(dtype, b, 1, 1, s, s, 64, form) for b, s in ((1, 64), (1, 256), (1, 1024), (2, 2048))]
             rows += [Row(dtype, 1, *heads, s, s, 64, form) for heads in ((32, 8), (16, 2), (8, 1)) for s in (128, 1024)]
         for heads in ((8, 8), (32, 8), (8, 1)):
             rows += [Row(dtype, 1, *heads, q, k, 128) for q in (1, 4, 16) for k in (128, 1024, 8192)]
-        rows += [Row(dtype, 8, 32, 8, 1, 2048, 128), Row(dtype, 32, 8, 8, 1, 512, 64), Row(dtype, 1, 32, 1, 1, 32768, 128)]
+        rows += [
+            Row(dtype, 8, 32, 8, 1, 2048, 128),
+            Row(dtype, 32, 8, 8, 1, 512, 64),
+            Row(dtype, 1, 32, 1, 1, 32768, 128),
+        ]
         rows += [Row(dtype, 1, 8, 8, q, k, 64) for q, k in ((64, 1024), (1024, 64), (256, 77), (1024, 77))]
         for form in VARIED:
             batches = ((8, 4, 64), (4, 4, 256), (2, 4, 1024)) if form in ("padded", "lengths", "varlen") else ()
@@ -62,10 +65,13 @@ def measure(row: Row, threads: int) -> dict[str, Any]:
     inputs, peers = row.draw(), (Heedful(threads), Torch(threads))
     calls = [peer.prepare(row, inputs) for peer in peers]
     cell: dict[str, Any] = {"name": row.name, **vars(row)}
-    for direction in ("forward",) if row.decodes else ("forward", "backward"):
+    for direction in row.directions:
+        if direction == "backward":
+            for call in calls:
+                call.record()
         if row.form != "dropout":  # each draws its own
             ours, theirs = (call.results(direction) for call in calls)
-            if wrong := agreement.apart(row, inputs, ours, theirs):
+            if wrong := agreement.apart(row, inputs, ours, theirs)[1]:
                 cell["wrong"] = f"{direction}: {wrong}"
                 break
         pair = [getattr(call, direction) for call in calls]
@@ -84,29 +90,27 @@ def _undisturbed(pair: list[Callable[[], object]]) -> tuple[list[float], float]:
             break
         time.sleep(0.2)
     share, times = min(trials, key=lambda trial: trial[0])
-    return times, round(share, 3)
+    return times, share
 
 
-def run(path: Path, rows: Iterable[Row], threads: int, minutes: float, progress: Callable[[str], None]) -> list[dict]:
-    """Measures the rows that are not in the file yet, until so many minutes are over; returns all that it holds then."""
+def run(
+    path: Path, rows: Iterable[Row], threads: int, minutes: float, progress: Callable[[str, int], None]
+) -> list[dict]:
+    """Measures the rows that are not in the file yet, for so many minutes; returns all that it holds then."""
     end = time.monotonic() + 60 * minutes
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(threads), "cells": []}
+    found: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"machine": machine(threads), "cells": []}
+    )
     done = {cell["name"] for cell in found["cells"]}
-    for row in rows:
+    for i, row in enumerate(rows):
+        progress(row.name, i)
         if time.monotonic() >= end:
             break
         if row.name not in done:
             start = time.perf_counter()
             found["cells"].append(measure(row, threads) | {"took": round(time.perf_counter() - start, 2)})
             path.write_text(json.dumps(found, indent=1))
-        progress(row.name)
     return found["cells"]
-
-
-def machine(threads: int) -> dict[str, Any]:
-    kernel = heedful.explain(*(torch.empty(1, 1, 1, 8),) * 3).kernel
-    versions = {"torch": torch.__version__, "heedful": heedful.__version__}
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": timing.cpu_name(), "threads": threads, "kernel": kernel, **versions}
 
 
 def ratios(cells: list[dict]) -> list[tuple[float, str, dict]]:
@@ -129,18 +133,15 @@ def report(cells: list[dict]) -> str:
         lines.append(f"{disturbed} were measured while others took over {QUIET:.0%} of the processors.")
     losing = [entry for entry in found if entry[0] < 1]
     lines += [f"{len(losing)} of {len(found)} are slower than torch:", ""]
-    lines += ["| | | heedful, ms | torch, ms | x torch |", "|---|---|---|---|---|"]
-    for ratio, direction, cell in losing:
-        ours, theirs = (f"{1e3 * seconds:.3f}" for seconds in cell[direction])
-        lines.append(f"| {cell['name']} | {direction} | {ours} | {theirs} | {ratio:.2f} |")
-    lines += ["", "| form | dtype | | cells | slower | x torch, geometric mean | worst |", "|---|---|---|---|---|---|---|"]
+    body = [[c["name"], d, *(f"{1e3 * s:.3f}" for s in c[d]), f"{ratio:.2f}"] for ratio, d, c in losing]
+    lines += table(["", "", "heedful, ms", "torch, ms", "x torch"], body)
     groups: dict[tuple[str, str, str], list[tuple[float, dict]]] = {}
     for ratio, direction, cell in found:
         groups.setdefault((cell["form"], cell["dtype"], direction), []).append((ratio, cell))
-    for (form, dtype, direction), group in sorted(groups.items()):
-        worst, cell = group[0]
+    body = []
+    for key, group in sorted(groups.items()):
         mean = math.exp(sum(math.log(ratio) for ratio, _ in group) / len(group))
-        slower = sum(ratio < 1 for ratio, _ in group)
-        row = f"| {form} | {dtype} | {direction} | {len(group)} | {slower} | {mean:.2f} | {worst:.2f} |"
-        lines.append(row + f" {cell['name']} |")
-    return "\n".join(lines)
+        slower, (worst, cell) = sum(ratio < 1 for ratio, _ in group), group[0]
+        body.append([*key, str(len(group)), str(slower), f"{mean:.2f}", f"{worst:.2f}", cell["name"]])
+    head = ["form", "dtype", "", "cells", "slower", "x torch, geometric mean", "worst", "which"]
+    return "\n".join([*lines, "", *table(head, body)])

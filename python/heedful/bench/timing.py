@@ -11,6 +11,9 @@ import torch
 
 BURST = 0.005  # seconds that a turn lasts at least: short calls are repeated, so that their threads are awake
 
+SIZE = 2048
+PRODUCT_FLOPS, READ_BYTES = 2 * SIZE**3, 2**28
+
 
 def least(call: Callable[[], object], burst: float = BURST) -> float:
     """Seconds of the fastest of the calls that fit into a burst, one at least."""
@@ -42,16 +45,18 @@ def in_turns(
 
 
 class Others:
-    """How much of the machine's processors others took since this was made: only a quiet machine gives true times."""
+    """How much of the machine's processors others took since this was made: only a quiet machine gives true times.
 
-    def __init__(self) -> None:
-        self.start, self.busy = time.perf_counter(), _busy() - time.process_time()
+    own: the processor seconds that this program has taken, of all its processes.
+    """
 
-    def share(self, own: float | None = None) -> float:
-        """As a share of all processors. own: CPU seconds that this program took, where it is not this process alone."""
-        own = time.process_time() if own is None else own
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self.own, self.start, self.busy = own, time.perf_counter(), _busy() - own()
+
+    def share(self) -> float:
+        """As a share of all processors."""
         seconds = (time.perf_counter() - self.start) * (os.cpu_count() or 1)
-        return max(0.0, (_busy() - own - self.busy) / seconds)
+        return round(max(0.0, (_busy() - self.own() - self.busy) / seconds), 3)
 
 
 def _busy() -> float:
@@ -64,15 +69,15 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], object]:
-    """A matrix product of 2 size^3 floating point operations."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
+def product(dtype: torch.dtype) -> Callable[[], object]:
+    """A matrix product of PRODUCT_FLOPS."""
+    a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in "ab")
     return lambda: a @ b
 
 
-def read(size: int = 2**26) -> Callable[[], object]:
-    """Reads so many float32 from memory."""
-    x = torch.randn(size)
+def read() -> Callable[[], object]:
+    """Reads READ_BYTES from memory."""
+    x = torch.randn(READ_BYTES // 4)
     return lambda: x.sum()
 
 

@@ -12,8 +12,6 @@ from .base import Function, TorchPeer
 
 
 class Heedful(TorchPeer):
-    name = "heedful"
-
     def function(self, row: Row, inputs: Inputs) -> Function:
         if row.form == "varlen":
             offsets = F.pad(inputs.lengths.cumsum(0), (1, 0))

@@ -7,12 +7,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..rows import DROPOUT, Inputs, Row
-from .base import Function, TorchPeer
+from .base import CannotRun, Function, TorchPeer
 
 
 class Torch(TorchPeer):
-    name = "torch"
-
     def function(self, row: Row, inputs: Inputs) -> Function:
         options = {"enable_gqa": row.Hq != row.Hk, "attn_mask": inputs.allowed if inputs.bias is None else inputs.bias}
         options |= {"is_causal": row.form == "causal", "dropout_p": DROPOUT if row.form == "dropout" else 0.0}
@@ -27,14 +25,19 @@ class _OneBackend(Torch):
 
         def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(self.backend):
-                return attention(q, k, v)
+                try:
+                    return attention(q, k, v)
+                except RuntimeError as error:
+                    if "No available kernel" not in str(error):
+                        raise
+                    raise CannotRun(f"torch's backend {self.backend.name} does not take the form {row.form}") from None
 
         return function
 
 
 class Flash(_OneBackend):
-    name, backend = "torch flash", SDPBackend.FLASH_ATTENTION
+    backend = SDPBackend.FLASH_ATTENTION
 
 
 class Math(_OneBackend):
-    name, backend = "torch math", SDPBackend.MATH
+    backend = SDPBackend.MATH
