@@ -158,7 +158,7 @@ CURVES = [  # dtype, form, heads, S: one line a peer in the pictures
     ("bfloat16", "causal", 8, (128, 256, 512, 1024, 2048, 4096)),
 ]
 CACHES = (256, 1024, 4096, 16384)  # keys of one query
-MEMORY = [Row("float32", 1, 2, 2, s, s, 64, "causal") for s in (512, 1024, 2048, 4096, 8192)]
+MEMORY = [Row("float32", 1, 4, 4, s, s, 64, "causal") for s in (1024, 2048, 4096, 8192)]
 
 
 def rows() -> list[Row]:

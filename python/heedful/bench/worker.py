@@ -149,7 +149,7 @@ class Servant:
         return (timing.READ_BYTES if what == "read" else timing.PRODUCT_FLOPS) / timing.least(self.limits[what])
 
     def peak(self, row: Row, direction: str) -> int:
-        """Bytes beyond the inputs at the peak of one forward, or of a forward and its backward."""
+        """Bytes beyond the inputs at the peak of one forward, or of a forward and its backward, to some hundred KB."""
         for sizes in (SMALL, row):
             self.prepare(sizes)
             self.results(direction)
