@@ -305,7 +305,7 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
   p.softcap = a.softcap.value_or(0);
   if (a.softcap && !(p.softcap > 0 && std::isnormal(wide ? p.softcap : float(p.softcap)) &&
                      std::isnormal(wide ? 1 / p.softcap : float(1 / p.softcap))))
-    fail("softcap", "a number above 0, normal as its inverse is", std::to_string(p.softcap));
+    fail("softcap", "a normal number with a normal inverse, above 0", std::to_string(p.softcap));
   p.scales = parameter("scales", a.scales, q, 1, false, call);
   p.sinks = parameter("sinks", a.sinks, q, 1, false, call);
   p.slopes = parameter("slopes", a.slopes, q, 1, false, call);

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -52,9 +53,28 @@ def dirty_memory() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Every run draws new random cases; --hypothesis-seed repeats one."""
+    """Every run draws new random cases; --hypothesis-seed repeats one. Groups of tests stay in one process."""
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    if config.getoption("dist", None) == "load":
+        config.option.dist = "loadgroup"
+
+
+# What the processes of `pytest -n` have measured, for the end of the run.
+PRECISION: list[str] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    lines = precision.table() if (precision := sys.modules.get("precision")) else []
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["precision"] = lines
+    else:
+        PRECISION.extend(lines)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    PRECISION.extend(getattr(node, "workeroutput", {}).get("precision", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -62,7 +82,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     seed, profile = config.option.hypothesis_seed, os.environ.get("HEEDFUL_HYPOTHESIS", "ci")
     terminalreporter.section("random cases")
     terminalreporter.write_line(f"torch {torch.__version__}  HEEDFUL_HYPOTHESIS={profile}  --hypothesis-seed={seed}")
-    if (precision := sys.modules.get("precision")) and (lines := precision.table()):
+    if PRECISION:
         terminalreporter.section("rms error / torch's in the same dtype, geometric means (at most 1.0)")
-        for line in lines:
+        for line in PRECISION:
             terminalreporter.write_line(line)

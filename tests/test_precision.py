@@ -10,6 +10,8 @@ import precision
 from backends import Backend
 from cases import Case
 
+pytestmark = pytest.mark.xdist_group("precision")  # the averages are of what this process has measured
+
 DTYPES = pytest.mark.parametrize("dtype", precision.DTYPES, ids=cases.short)
 
 

@@ -57,21 +57,19 @@ struct Backward {
 
   static int64_t key_block(const Problem& p) { return p.tiles.data ? kMaskTile : kKeys; }
   static int64_t blocks(const Problem& p, int64_t keys) { return (keys + key_block(p) - 1) / key_block(p); }
-  // Enough groups for 16 tasks a sequence, each of at least four blocks: eight groups cost 3 % (their dQ is added up).
+  // Enough groups for 16 tasks a sequence, each of two blocks as a rule: eight groups cost 3 % (their dQ is added up).
   static int64_t most_groups(const Problem& p) {
     if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
     return clamp((16 + p.Hk - 1) / most<int64_t>(p.Hk, 1), 1, 8);
   }
-  static int64_t blocks_per_group(const Problem& p, int64_t keys) {
-    const int64_t most_of_them = most_groups(p);
-    return most<int64_t>(most_of_them == 1 ? blocks(p, keys) : 4, (blocks(p, keys) + most_of_them - 1) / most_of_them);
-  }
+  // Group g takes the blocks g, g + groups, and so on: under a causal mask their work is nearly the same. A bias's
+  // gradient that is summed over the batch wants each block in the same group for all sequences.
   static int64_t groups(const Problem& p, int64_t keys) {
-    const int64_t per_group = most<int64_t>(blocks_per_group(p, keys), 1);
-    return most<int64_t>((blocks(p, keys) + per_group - 1) / per_group, 1);
+    const int64_t least_blocks = sums_batch(p) ? 1 : 2;
+    return clamp((blocks(p, keys) + least_blocks - 1) / least_blocks, 1, most_groups(p));
   }
   // Of any sequence of this problem.
-  static int64_t task_groups(const Problem& p) { return clamp((blocks(p, p.Sk) + 3) / 4, 1, most_groups(p)); }
+  static int64_t task_groups(const Problem& p) { return groups(p, p.Sk); }
 
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
@@ -254,11 +252,10 @@ struct Backward {
   }
 
   void run_group() const {
-    const int64_t per_group = blocks_per_group(p, band.keys), block = key_block(p);
-    const bool last_group = group == task_groups(p) - 1;
+    const int64_t parts = groups(p, band.keys), block = key_block(p);
     const bool careful = !inputs_are_finite();
     for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
-      if (group < groups(p, band.keys)) {
+      if (group < parts) {
         const Sums dq = dq_rows(p, w, band, group, h);
         for (int64_t i = 0; i < band.q_rows; ++i)
           for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
@@ -266,10 +263,10 @@ struct Backward {
       if (w.distances)
         for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
     }
-    // Keys past the sequence's end belong to the last group: their gradients are zero.
-    const int64_t first = group * per_group * block;
-    const int64_t end = last_group ? band.k_rows : least(band.k_rows, (group + 1) * per_group * block);
-    for (int64_t j0 = first; j0 < end; j0 += block) run_key_block(j0, least(j0 + block, end), careful);
+    if (group >= parts) return;
+    // Keys past the sequence's end, too: their gradients are zero.
+    for (int64_t j0 = group * block; j0 < band.k_rows; j0 += parts * block)
+      run_key_block(j0, least(j0 + block, band.k_rows), careful);
   }
 
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
@@ -292,11 +289,11 @@ struct Backward {
     for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
-        const int32_t mask_tile = HEEDFUL_TARGET::mask_tile(p, b, h, i0, j0);
-        if (mask_tile == kEmptyTile) continue;
+        Tile tile{b, h, i0, least(next, end), j0, j1};
+        if (!find_masks(p, &tile)) continue;
         if (!packed) pack_keys(j0, keys);
         packed = true;
-        run_tile(Tile{b, h, i0, least(next, end), j0, j1, mask_bits(p, mask_tile)}, careful);
+        run_tile(tile, careful);
       }
     if (p.similarity != Similarity::dot)
       for (int64_t j = 0; j < keys; ++j) {
@@ -366,7 +363,8 @@ struct Backward {
     clear(ib - t.i0, queries);
     if (ia >= ib) return;
 
-    const Tile panel{t.b, t.h, ia, ib, ja, jb, t.bits};
+    Tile panel = t;
+    panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p), d = padded<C>(dim), dv = padded<C>(p.Dv);
     multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * dim, width, prob, stride, width, s.q,
                                         WholeSum{dim});

@@ -158,8 +158,12 @@ struct Decode {
   // Keys [j0, j1) of one tile of a block mask.
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
-    bool any = !p.tiles.data;
-    for (int64_t g = 0; !any && g < heads_per_group(p); ++g) any = mask_tile(p, b, head(g), 0, j0) != kEmptyTile;
+    const auto tile_of = [&](int64_t g) { return Tile{b, head(g), 0, queries, j0, j1}; };
+    bool any = false;
+    for (int64_t g = 0; !any && g < heads_per_group(p); ++g) {
+      Tile tile = tile_of(g);
+      any = find_masks(p, &tile);
+    }
     if (!any) return;
     const int64_t dim = padded<C>(embedded_dim(p));
     const Rows<C> k = rows_of(p.k, s.k, p.D, dim, j0, j1);
@@ -167,9 +171,9 @@ struct Decode {
     const Rows<C> v = rows_of(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
     for (int64_t j = 0; j < keys; j += n) score_keys(k, v, j, least<int64_t>(n, keys - j));
     for (int64_t g = 0; g < heads_per_group(p); ++g) {
-      const int32_t tile = mask_tile(p, b, head(g), 0, j0);
-      finish_scores(Tile{b, head(g), 0, queries, j0, j1, mask_bits(p, tile)}, tile == kEmptyTile, g * queries, width,
-                    careful);
+      Tile tile = tile_of(g);
+      const bool empty = !find_masks(p, &tile);
+      finish_scores(tile, empty, g * queries, width, careful);
     }
     if (careful)
       add_values_carefully(v, keys);

@@ -138,17 +138,17 @@ struct Forward {
     const int64_t first_key = band.first_key(i0), end_key = band.end_key(last);
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
       next = p.tiles.data ? (j0 / kMaskTile + 1) * kMaskTile : j0 + kKeys;
-      const int32_t mask_tile = HEEDFUL_TARGET::mask_tile(p, b, h, i0, j0);
-      if (mask_tile == kEmptyTile) continue;
       const int64_t j1 = least(next, end_key);
+      Tile block{b, h, i0, last + 1, j0, j1};
+      if (!find_masks(p, &block)) continue;
       const Rows<C> k = key_rows(j0, j1), v = s.best ? Rows<C>{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
         const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
-        const Tile tile{
-            b, h, i, end, most(j0, band.first_key(i)), least(j1, band.end_key(end - 1)), mask_bits(p, mask_tile)};
+        Tile tile = block;
+        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, band.first_key(i)), tile.j1 = least(j1, band.end_key(end - 1));
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
                                     v.data + (tile.j0 - j0) * v.stride, v.stride, careful);

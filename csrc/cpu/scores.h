@@ -17,10 +17,11 @@ namespace heedful::HEEDFUL_TARGET {
 template <class C>
 constexpr C kInfinity = C(__builtin_inf());
 
-// Queries [i0, i1) x keys [j0, j1) of one head; `bits` are those of its part of a block mask, null where all are set.
+// Queries [i0, i1) x keys [j0, j1) of one head.
 struct Tile {
   int64_t b, h, i0, i1, j0, j1;
-  const int64_t* bits;
+  const int64_t* bits = nullptr;  // of its part of a block mask; null where all are set
+  bool masked = false;            // whether the bool mask forbids some of its pairs
 };
 
 enum class InLanes { queries, keys };
@@ -58,9 +59,45 @@ HEEDFUL_FN C query_scale(const Problem& p, int64_t b, int64_t h) {
   return scales_first(p) && p.normalizer != Normalizer::hard ? scale_of<C>(p, b, h) : C(1);
 }
 
+// Whether the bool mask allows any pair of the tile, and whether all. Where it allows some, a few pairs tell as a rule.
+HEEDFUL_CALLED void look_at_mask(const Problem& p, const Tile& t, bool* any, bool* all) {
+  const bool* first = static_cast<const bool*>(p.mask.data) + t.b * p.mask.stride[0] + t.h * p.mask.stride[1] +
+                      t.i0 * p.mask.stride[2] + t.j0 * p.mask.stride[3];
+  // Broadcast dimensions have one element.
+  const int64_t rows = p.mask.stride[2] == 0 ? 1 : t.i1 - t.i0, columns = p.mask.stride[3] == 0 ? 1 : t.j1 - t.j0;
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  *any = false, *all = true;
+  for (int64_t r = 0; r < rows && !(*any && !*all); ++r) {
+    const bool* row = first + r * p.mask.stride[2];
+    int64_t c = 0;
+    if (p.mask.stride[3] == 1)
+      for (; c + 8 <= columns; c += 8) {
+        uint64_t eight;
+        __builtin_memcpy(&eight, row + c, 8);
+        *any |= eight != 0, *all &= eight == kOnes;
+      }
+    for (; c < columns; ++c) {
+      const bool one = row[c * p.mask.stride[3]];
+      *any |= one, *all &= one;
+    }
+  }
+}
+
+// Whether the block mask and the bool mask leave any pair of the tile. Sets what is left of them.
+inline bool find_masks(const Problem& p, Tile* t) {
+  const int32_t in_blocks = mask_tile(p, t->b, t->h, t->i0, t->j0);
+  if (in_blocks == kEmptyTile) return false;
+  t->bits = mask_bits(p, in_blocks);
+  if (!p.mask.data) return true;
+  bool any, all;
+  look_at_mask(p, *t, &any, &all);
+  t->masked = !all;
+  return any;
+}
+
 // Whether every pair of the tile keeps the score that the product gave.
 inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !p.mask.data && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 &&
+  return !t.masked && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 &&
          p.normalizer != Normalizer::hard && band.covers(t.i0, t.i1, t.j0, t.j1);
 }
 
@@ -149,9 +186,9 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   }
   if (p.softcap != 0) {
     cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
-    if (!banded && !t.bits && !parts.mask && !parts.bias && !parts.distances) return;
+    if (!banded && !t.bits && !t.masked && !parts.bias && !parts.distances) return;
   }
-  const C *bias = parts.bias, *mask = parts.mask, *distances = parts.distances;
+  const C *bias = parts.bias, *mask = t.masked ? parts.mask : nullptr, *distances = parts.distances;
   if (bias) load_bias<in_lanes, C>(parts.bias, width, p, t, rows, lanes);
   if (mask) load_tile<C>(parts.mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
   if (distances) load_distances<in_lanes, C>(parts.distances, width, p, band, t);
@@ -234,7 +271,7 @@ HEEDFUL_FN void keep_eight_keys(const Problem& p, const Tile& t, int64_t i, int6
 template <class C>
 HEEDFUL_CALLED C keep_pair(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j) {
   Vec<C> z[8];
-  keep_eight_keys<C>(p, Tile{b, h, i, i + 1, j, j + 1, nullptr}, i, j / 8 * 8, C(kept_weight(p)), z);
+  keep_eight_keys<C>(p, Tile{b, h, i, i + 1, j, j + 1}, i, j / 8 * 8, C(kept_weight(p)), z);
   return z[j % 8][0];
 }
 
