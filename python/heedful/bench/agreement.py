@@ -10,7 +10,7 @@ from .rows import Inputs, Row
 # Largest difference from float64, relative to the largest value. Half precision: the weights and the result are
 # rounded, and gradients are sums of products of such; nobody who rounds once more is far from twice eps.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-TINY = 1e-2  # results below that share of the largest of all are compared with it: dq of one key is 0
+TINY = 0.1  # results below that share of the largest of all are compared with it: dq of one key is 0
 BLOCK = 512  # queries at a time
 
 Tensors = dict[str, Tensor]

@@ -43,13 +43,13 @@ class Notes:
 def machine(threads: int, names: Iterable[str] = (OURS,)) -> dict[str, Any]:
     """What the figures hold for."""
     kernel = heedful.explain(*(torch.empty(1, 1, 1, 8),) * 3).kernel
-    versions = [PEERS[name].version for name in names if not PEERS[name].missing]
+    peers = [entry for entry in map(PEERS.get, names) if not entry.missing and entry.packages[0] != "torch"]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": timing.cpu_name(),
         "threads": threads,
         "kernel": kernel,
-        "versions": list(dict.fromkeys(["torch " + torch.__version__, *versions])),
+        "versions": list(dict.fromkeys(["torch " + torch.__version__, *(entry.version for entry in peers)])),
     }
 
 
