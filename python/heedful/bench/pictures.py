@@ -67,7 +67,7 @@ def curves(rows: list[Found], direction: str) -> dict[str, list[Found]]:
 
 def _speed(path: Path, groups: dict[str, list[Found]], direction: str) -> Path:
     """Time above, rate below, against S: a column a group."""
-    size = (0.6 + 3.6 * len(groups), 6.4)
+    size = (0.9 + 3.6 * len(groups), 6.4)
     figure, panels = plt.subplots(2, len(groups), figsize=size, squeeze=False, sharex="col", layout="constrained")
     for (title, rows), (top, bottom) in zip(groups.items(), panels.T):
         for name in _names(rows, direction):
@@ -155,7 +155,8 @@ def _legend(figure: Any, panels: Iterable[Axes]) -> None:
     """One for all panels, below them, in the order of the peers."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     order = [name for name in (*PEERS, "the limit") if name in found]
-    figure.legend([found[name] for name in order], order, loc="outside lower center", ncols=min(len(order), 10))
+    columns = max(2, int(figure.get_size_inches()[0] / 1.5))  # each takes that many inches
+    figure.legend([found[name] for name in order], order, loc="outside lower center", ncols=columns)
 
 
 def _save(figure: Any, path: Path) -> Path:
