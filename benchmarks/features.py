@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from beside_torch import cpu_name, in_turns
 from torch import Tensor
 
 import heedful
+from heedful.bench.timing import cpu_name, in_turns
 
 SIZES = {"B": 1, "H": 4, "S": 4096, "D": 64}
 LONG = {"B": 1, "H": 2, "S": 16384, "D": 64}

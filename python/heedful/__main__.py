@@ -1,4 +1,4 @@
-"""The program: `python -m heedful`, and `python -m heedful demo`."""
+"""The program: `python -m heedful`, `python -m heedful demo` and `python -m heedful bench`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ The self-check; then a character-level GPT made of torch's own layers learns the
 the Python language, twice from one seed: as torch has it, and after heedful.swap(model). Compares
 the loss curves and the speed, prints a sample, draws the curves and the attention maps. Under
 three minutes on two cores; nothing is downloaded. Needs: pip install 'heedful[demo]'"""
+BENCH = """\
+heedful beside torch (flash, math), compiled FlexAttention, ONNX Runtime, OpenVINO and jax, each where it is installed:
+pip install 'heedful[bench]'. Every peer runs in a process of its own, on the same inputs, and is compared with
+float64 before it is timed; they take turns, call by call. Writes tables, JSON and pictures. With --sweep: some
+hundred shapes beside torch's own choice in one process, and where heedful is the slower one. Use a quiet machine."""
 STATUS = "exit status: 0; 1 where a check fails or the loss curves part; 2 where the program cannot run"
 
 
@@ -39,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.command == "demo":
         return _demo(options)
+    if options.command == "bench":
+        return _bench(options)
     return _end(_about_and_check())
 
 
@@ -56,6 +63,25 @@ def _demo(options: argparse.Namespace) -> int:
     failures += demo.run(demo.Settings(options.out, options.steps, options.seed, options.characters))
     print(f"The demo took {time.perf_counter() - start:.0f} seconds.")
     return _end(failures)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from heedful import bench
+
+    settings = bench.Settings(
+        out=options.out,
+        threads=options.threads or torch.get_num_threads(),
+        repeats=options.repeats,
+        quick=options.quick,
+        peers=tuple(options.peers.split(",")) if options.peers else tuple(bench.PEERS),
+        rows=options.rows,
+        minutes=options.minutes,
+    )
+    try:
+        return _end(bench.run_sweep(settings) if options.sweep else bench.run(settings))
+    except bench.CannotRun as error:
+        print(error, file=sys.stderr)
+        return CANNOT_RUN
 
 
 def _about_and_check() -> list[str]:
@@ -110,10 +136,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=500, metavar="N", help=f"of each training {shown}")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help=f"of model, batches and sample {shown}")
     demo.add_argument("--characters", type=_positive, default=500, metavar="N", help=f"of the sample {shown}")
-    # Left out, it must not overwrite what was given before the command.
-    threads = demo.add_argument("--threads", type=_positive, default=argparse.SUPPRESS, metavar="N")
-    threads.help = "as above"
-    parser.epilog = f"{demo.format_help()}\n{STATUS}"
+    bench = commands.add_parser("bench", help="speed and memory beside other libraries", description=BENCH)
+    out = Path("heedful-bench")
+    bench.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"where results go {shown}")
+    bench.add_argument("--repeats", type=_positive, metavar="N", help="turns, of which the best counts")
+    bench.add_argument("--quick", action="store_true", help="a few small rows and two turns: does it run?")
+    bench.add_argument("--peers", metavar="A,B", help="those to compare with (default: all)")
+    bench.add_argument("--rows", default="", metavar="TEXT", help='rows whose name holds this, such as "bf16 causal"')
+    bench.add_argument("--sweep", action="store_true", help="the sweep beside torch; goes on where it stopped")
+    bench.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop a sweep after these")
+    for command in (demo, bench):  # left out, it must not overwrite what was given before the command
+        threads = command.add_argument("--threads", type=_positive, default=argparse.SUPPRESS, metavar="N")
+        threads.help = "as above"
+    parser.epilog = f"{demo.format_help()}\n{bench.format_help()}\n{STATUS}"
     return parser
 
 
