@@ -30,10 +30,11 @@ the Python language, twice from one seed: as torch has it, and after heedful.swa
 the loss curves and the speed, prints a sample, draws the curves and the attention maps. Under
 three minutes on two cores; nothing is downloaded. Needs: pip install 'heedful[demo]'"""
 BENCH = """\
-heedful beside torch (flash, math), compiled FlexAttention, ONNX Runtime, OpenVINO and jax, each where it is installed:
-pip install 'heedful[bench]'. Every peer runs in a process of its own, on the same inputs, and is compared with
-float64 before it is timed; they take turns, call by call. Writes tables, JSON and pictures. With --sweep: some
-hundred shapes beside torch's own choice in one process, and where heedful is the slower one. Use a quiet machine."""
+heedful beside torch (flash, math), compiled FlexAttention, ONNX Runtime, OpenVINO and jax, each
+where it is installed: pip install 'heedful[bench]'. Every peer runs in a process of its own, on
+the same inputs, and is compared with float64 before it is timed; they take turns, call by call.
+Writes tables, JSON and pictures. With --sweep: some hundred shapes beside torch's own choice in
+one process, and where heedful is the slower one. Use a quiet machine."""
 STATUS = "exit status: 0; 1 where a check fails or the loss curves part; 2 where the program cannot run"
 
 
