@@ -186,7 +186,6 @@ struct Backward {
     C *q, *dout;          // [kQueries][D]
     C *p, *ds;            // [kQueries][kKeys]
     C* row;               // [D]
-    C* diagonals;         // [kQueries + panel]
     ScoreParts<C> parts;  // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
@@ -203,7 +202,6 @@ struct Backward {
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
     s->row = carve.take<C>(padded<C>(p.D));
-    s->diagonals = wants_distances(p) ? carve.take<C>(queries + panel) : nullptr;
     s->parts = ScoreParts<C>(p, carve, queries, panel, true);
     return carve.size;
   }
@@ -333,6 +331,8 @@ struct Backward {
                  dv, C(1));
     for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
+    if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
+
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
     if (careful) return multiply_carefully(t, dq_tile, dq.stride);
@@ -383,7 +383,7 @@ struct Backward {
     else
       gradients<kN, true>(prob, grad, r0, r1, state, to_log2, absent);
     if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
-    if (w.distances) add_to_distances(panel, grad + r0 * stride);
+    if (s.parts.slopes && w.distances) add_to_distances(panel, grad + r0 * stride);
     if (s.parts.slopes) scale_pairs(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
     if (s.parts.keep) drop(prob + r0 * stride, stride, s.parts.keep, int64_t{width}, r1 - r0);
   }
@@ -438,19 +438,27 @@ struct Backward {
     }
   }
 
-  // The tile's diagonals are added up first; each has one distance.
+  // The tile's diagonals are added up first, a vector of them at a time; each has one distance.
   void add_to_distances(const Tile& t, const C* grad) const {
-    const int64_t stride = lanes_k(), rows = t.i1 - t.i0, keys = t.j1 - t.j0, whole = keys / n * n;
-    for (int64_t x = 0; x < rows + keys - 1; ++x) s.diagonals[x] = 0;
-    for (int64_t r = 0; r < rows; ++r, grad += stride) {
-      C* to = s.diagonals + (rows - 1 - r);
-      for (int64_t l = 0; l < whole; l += n) store(to + l, load(to + l) + load(grad + l));
-      for (int64_t l = whole; l < keys; ++l) to[l] += grad[l];
-    }
+    const int64_t stride = lanes_k(), rows = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = rows + keys - 1;
     const DistanceBias<C> bias(p, b, t.h);
-    double* sums = distance_sums(p, w, b, group, t.h);
-    for (int64_t x = 0; x < rows + keys - 1; ++x)
-      bias.add_gradient(diagonal_distance<InLanes::keys>(band, t, x), s.diagonals[x], sums, sums + 1);
+    double *sums = distance_sums(p, w, b, group, t.h), slope = 0;
+    for (int64_t x = 0; x < diagonals; x += n) {
+      Vec<C> sum = {};
+      const int64_t at_first_key = rows - 1 - x;  // the row in which diagonal x meets it
+      for (int64_t r = most<int64_t>(at_first_key - n + 1, 0); r < least(rows, at_first_key + keys); ++r) {
+        const int64_t key = r - at_first_key;
+        Vec<C> ds = load(grad + r * stride + key);  // what lies beside the tile is scratch too
+        if (key < 0 || key + n > keys) {
+          const Vec<Int<C>> each = iota<Int<C>>() + Int<C>(key);
+          ds = select((each >= 0) & (each < Int<C>(keys)), ds, Vec<C>{});
+        }
+        sum += ds;
+      }
+      for (int64_t l = 0; l < least<int64_t>(n, diagonals - x); ++l)
+        bias.add_gradient(diagonal_distance<InLanes::keys>(band, t, x + l), sum[l], &slope, sums + 1);
+    }
+    sums[0] += slope;
   }
 
   // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do

@@ -55,7 +55,8 @@ struct Forward {
   // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
   // lie where they lie, and masked keys add nothing.
   static int64_t block_queries(const Problem& p) {
-    constexpr int64_t kFewTasks = 4, small = least<int64_t>(kQueries, 2 * kVectors * n);
+    constexpr int64_t kFewTasks = 4;
+    const int64_t small = least<int64_t>(kQueries, 2 * kVectors * n);
     return p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks ? small : kQueries;
   }
   static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }

@@ -42,8 +42,7 @@ void run_phase(const Problem& p, const Phase& phase, size_t scratch_bytes) {
   std::atomic<int64_t> next{0};
   const auto pull = [&](int64_t, int64_t) {
     char* memory = scratch.at_least(scratch_bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;)
-      phase.run(p, task, memory);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) phase.run(p, task, memory);
   };
   // Waking threads costs about 5 us, the time of this many multiply-adds on one.
   constexpr double kSmall = 2e5;

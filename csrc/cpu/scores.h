@@ -113,7 +113,7 @@ struct ScoreParts {
     mask = p.mask.data ? carve.take<C>(rows * width) : nullptr;
     slopes = derivatives && p.softcap != 0 ? carve.take<C>(rows * width) : nullptr;
     keep = has_dropout(p) ? carve.take<C>((rows + n) * width) : nullptr;
-    distances = has_distances(p) ? carve.take<C>(rows + width) : nullptr;
+    distances = has_distances(p) ? carve.take<C>(rows + width + n) : nullptr;
   }
   ScoreParts() = default;
 };
@@ -147,10 +147,21 @@ HEEDFUL_FN int64_t diagonal_distance(const Band& band, const Tile& t, int64_t x)
 
 template <InLanes in_lanes, class C>
 HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Band& band, const Tile& t) {
+  constexpr int64_t kExact = int64_t{1} << 22;  // as float, and in 32 bits
   const DistanceBias<C> bias(p, t.b, t.h);
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = queries + keys - 1;
   const int64_t end = (in_lanes == InLanes::queries ? keys : queries) - 1 + width;
-  for (int64_t x = 0; x < end; ++x) to[x] = x < diagonals ? bias.value(diagonal_distance<in_lanes>(band, t, x)) : C(0);
+  const int64_t first = diagonal_distance<in_lanes>(band, t, 0);
+  if (bias.table || first < -kExact || first > kExact) {
+    for (int64_t x = 0; x < end; ++x)
+      to[x] = x < diagonals ? bias.value(diagonal_distance<in_lanes>(band, t, x)) : C(0);
+    return;
+  }
+  for (int64_t x = 0; x < end; x += kLanes<C>) {
+    const Vec<Int<C>> rising = iota<Int<C>>() + Int<C>(x);
+    const Vec<Int<C>> distance = Int<C>(first) + (in_lanes == InLanes::keys ? rising : -rising);
+    store(to + x, bias.value(__builtin_convertvector(distance < 0 ? -distance : distance, Vec<C>)));
+  }
 }
 
 // ---- softcap --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ struct DistanceBias {
     const C far = C(distance < 0 ? -distance : distance);
     return (table ? table[bucket(distance) * stride] : C(0)) - (slope == C(0) ? C(0) : slope * far);
   }
+  // Without a table, of |distance|.
+  template <class Far>
+  HEEDFUL_FN Far value(Far far) const {
+    return slope == C(0) ? Far{} : -(slope * far);
+  }
   // `ds` is the sum over a diagonal. to_slope is one number, to_table one for each row.
   HEEDFUL_FN void add_gradient(int64_t distance, double ds, double* to_slope, double* to_table) const {
     *to_slope -= ds * double(distance < 0 ? -distance : distance);
