@@ -44,12 +44,11 @@ HEEDFUL_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-HEEDFUL_DEVICE float log2_fast(float x) {
+HEEDFUL_DEVICE float reciprocal(float x) {
   float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-HEEDFUL_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
 
@@ -70,18 +69,18 @@ HEEDFUL_DEVICE float widen(Float16 x) {
 }
 
 // To the nearest, of two equally near ones to the even one.
-template <class T>
-HEEDFUL_DEVICE T narrow(float x) {
+template <class T, class C>
+HEEDFUL_DEVICE T narrow(C x) {
   return T(x);
 }
 template <>
-HEEDFUL_DEVICE BFloat16 narrow<BFloat16>(float x) {
+HEEDFUL_DEVICE BFloat16 narrow<BFloat16, float>(float x) {
   BFloat16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
 }
 template <>
-HEEDFUL_DEVICE Float16 narrow<Float16>(float x) {
+HEEDFUL_DEVICE Float16 narrow<Float16, float>(float x) {
   Float16 y;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;

@@ -112,7 +112,7 @@ void Block::report_stuck() const {
     if (thread.state != first.state) throw Fault("divergence: " + describe(thread) + ", " + describe(first));
   }
   std::string what = "deadlock:";
-  for (size_t n = 0; n < threads_.size(); n += 32) what += " " + describe(threads_[n]) + ";";
+  for (size_t n = 0; n < threads_.size(); n += 32) what.append(" ").append(describe(threads_[n])).append(";");
   throw Fault(what);
 }
 

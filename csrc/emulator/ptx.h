@@ -52,6 +52,14 @@ inline float shuffle(float value, int other, Where where = Where::current()) {
 inline float shuffle_xor(float value, int mask, Where where = Where::current()) {
   return std::bit_cast<float>(shuffle_xor(std::bit_cast<uint32_t>(value), mask, where));
 }
+inline double shuffle(double value, int other, Where where = Where::current()) {
+  const uint64_t bits = std::bit_cast<uint64_t>(value);
+  const uint64_t low = shuffle(uint32_t(bits), other, where), high = shuffle(uint32_t(bits >> 32), other, where);
+  return std::bit_cast<double>(low | high << 32);
+}
+inline double shuffle_xor(double value, int mask, Where where = Where::current()) {
+  return shuffle(value, block().self().lane() ^ mask, where);
+}
 // Whether any lane of the warp says so.
 inline bool any_lane(bool mine, Where where = Where::current()) {
   block().meet_warp("any_lane", where, &mine, [](const emulator::Block::Lanes& lanes) {
@@ -65,7 +73,6 @@ inline bool any_lane(bool mine, Where where = Where::current()) {
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
@@ -96,18 +103,18 @@ inline float widen(Float16 x) {
 }
 
 // To the nearest, of two equally near ones to the even one.
-template <class T>
-T narrow(float x) {
+template <class T, class C>
+T narrow(C x) {
   return T(x);
 }
 template <>
-inline BFloat16 narrow<BFloat16>(float x) {
+inline BFloat16 narrow<BFloat16, float>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if (x != x) return {0x7fff};
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
-inline Float16 narrow<Float16>(float x) {
+inline Float16 narrow<Float16, float>(float x) {
   if (x != x) return {0x7fff};
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);

@@ -1,0 +1,336 @@
+// Attention forward of float16 and bfloat16 by mma.sync. A block of four warps has kQueries queries of one head; each
+// warp owns kRows of them, whose scores and results stay in its registers, and goes over tiles of kKeys keys:
+//
+//   S [kRows][kKeys] = Q K^T      Q, K by ldmatrix
+//   O [kRows][kDim] += P V        P from the registers that S is in, V by ldmatrix.trans
+//
+// K and V of the next tile are copied into a second stage meanwhile; one barrier a tile says that the copies of this one
+// have come and that everybody is done with the one before.
+#pragma once
+
+#include "../rows.cuh"
+#include "scores.cuh"
+#include "tiles.cuh"
+
+namespace heedful::HEEDFUL_TARGET {
+
+template <class Config>
+struct Forward {
+  using S = typename Config::Storage;
+  static constexpr bool kGeneral = Config::kGeneral;
+  static constexpr int kDim = Config::kDim, kRows = Config::kRows, kKeys = Config::kKeys;
+  static constexpr int kM = kRows / 16, kN = kKeys / 8, kColumns = kDim / 8;
+
+  const Problem& p;
+  const Task task;
+  const Band band;
+  const Span span;
+  const HeadScores<S> head;
+  const int lane, row0;     // the warp's first query
+  const bool hard;          // hard attention
+  const float to_log2;      // what one unit of a score is worth in powers of two
+  const uint32_t queries;   // the tile of Q
+  float out[kM][kColumns][4];
+  float top[kM][2], sum[kM][2];  // maximum and this lane's part of the sum, of rows 16 m + 8 r + lane / 4
+  int best[kGeneral ? kM : 1][2];  // hard attention: this lane's best key
+
+  HEEDFUL_DEVICE explicit Forward(const Problem& problem)
+      : p(problem),
+        task(p.Sq, p.Hq, Config::kQueries),
+        band(p, task.b),
+        span(band),
+        head(p, band, task.b, task.h),
+        lane(thread_index() % 32),
+        row0(task.row0 + thread_index() / 32 * kRows),
+        hard(kGeneral && p.normalizer == Normalizer::hard),
+        // Plain scores stay products: their distance from the maximum loses least before it is scaled.
+        to_log2(float(kGeneral ? kLog2e : p.scale * kLog2e)),
+        queries(shared_base()) {}
+
+  HEEDFUL_DEVICE int kv_head() const { return task.h / int(p.Hq / p.Hk); }
+  HEEDFUL_DEVICE uint32_t stage(int n) const { return queries + Config::kQueryBytes + n * 2 * Config::kKeyBytes; }
+
+  HEEDFUL_DEVICE void run() {
+    if (task.row0 >= band.q_rows) return;
+    start();
+    attend();
+    if (hard)
+      store_best();
+    else
+      finish();
+  }
+
+  HEEDFUL_DEVICE void start() {
+    const float sink = kGeneral ? head.sink() : -kInfinity<float>;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[m][r] = sink;
+        // One lane of a row has the sink in its part of the sum.
+        sum[m][r] = kGeneral && sink != -kInfinity<float> && lane % 4 == 0 ? 1 : 0;
+        if constexpr (kGeneral) best[m][r] = kNoKey;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) out[m][n][2 * r] = out[m][n][2 * r + 1] = 0;
+      }
+  }
+
+  // The first tile from key j on that is not empty for all of the block's queries.
+  HEEDFUL_DEVICE int visit(int j, int end) const {
+    if constexpr (kGeneral)
+      if (p.tiles.data)
+        for (; j < end; j += kKeys)
+          for (int i = task.row0; i < task.row0 + Config::kQueries && i < span.queries; i += int(kMaskTile))
+            if (mask_tile(p, task.b, task.h, i, j) != kEmptyTile) return j;
+    return j;
+  }
+
+  HEEDFUL_DEVICE void attend() {
+    const int last = least(task.row0 + Config::kQueries, span.queries) - 1;
+    if (last < task.row0) return;
+    const int end = span.end_key(last);
+    int j = visit(span.first_key(task.row0) / kKeys * kKeys, end);
+    if (j >= end) return;
+
+    // Copies: Q and the first tile's K and V make the first group.
+    const bool k_aligned = !kGeneral || is_aligned(p.k), v_aligned = !kGeneral || is_aligned(p.v);
+    const TileLoader<S, kDim> k(p.k, band.batch, kv_head(), band.k_row, p.D, k_aligned),
+        v(p.v, band.batch, kv_head(), band.k_row, p.Dv, v_aligned);
+    const TileLoader<S, kDim> q(p.q, band.batch, task.h, band.q_row, p.D, !kGeneral || is_aligned(p.q));
+    q.template load<Config::kQueries, kGeneral>(queries, task.row0, span.queries);
+    const auto load = [&](int n, int first) {
+      k.template load<kKeys, kGeneral>(stage(n), first, span.keys);
+      v.template load<kKeys, kGeneral>(stage(n) + Config::kKeyBytes, first, span.keys);
+    };
+    load(0, j);
+    commit_copies();
+
+    // The keys that any of the warp's queries sees.
+    const int warp_last = least(row0 + kRows, span.queries) - 1;
+    const int warp_first = warp_last < row0 ? end : span.first_key(row0);
+    const int warp_end = warp_last < row0 ? 0 : span.end_key(warp_last);
+    for (int n = 0; j < end; n ^= 1) {
+      const int next = visit(j + kKeys, end);
+      wait_copies<0>();
+      sync_block();
+      if (next < end) load(n ^ 1, next);
+      commit_copies();
+      const int32_t tile = kGeneral && row0 < span.queries ? mask_tile(p, task.b, task.h, row0, j) : kFullTile;
+      if (warp_first < j + kKeys && j < warp_end && tile != kEmptyTile) attend_tile(stage(n), j, tile);
+      j = next;
+    }
+  }
+
+  HEEDFUL_DEVICE void attend_tile(uint32_t keys, int j, int32_t tile) {
+    const Corner corner{row0 + fragment_row(lane), j + fragment_column(lane)};
+    const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<kDim> + rows_first<kDim>(lane);
+    float s[kM][kN][4] = {};
+    multiply_transposed<S, kDim>(s, q, keys + columns_first<kDim>(lane));
+    if constexpr (kGeneral) apply_scores<false>(head, band, span, tile, s, corner);
+    if (!span.covers(row0, row0 + kRows, j, j + kKeys)) mask_band<false>(span, s, corner);
+    if (hard) return find_best(s, corner);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) to_weights(s[m], out[m], r, top[m][r], sum[m][r]);
+    if constexpr (kGeneral)
+      if (has_dropout(p)) drop(head, s, corner.query, j);
+    multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
+  }
+
+  // Scores of half r of 16 rows become weights relative to the new maximum, and earlier results are taken to it.
+  HEEDFUL_DEVICE void to_weights(float (&s)[kN][4], float (&result)[kColumns][4], int r, float& maximum_so_far,
+                                 float& sum_so_far) const {
+    float new_top = maximum_so_far;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) new_top = maximum(new_top, maximum(s[n][2 * r], s[n][2 * r + 1]));
+    new_top = maximum(new_top, shuffle_xor(new_top, 1));
+    new_top = maximum(new_top, shuffle_xor(new_top, 2));
+    const float reference = softmax_reference(new_top, -kInfinity<float>);
+    const float factor = exp2_fast((maximum_so_far - reference) * to_log2);
+    maximum_so_far = new_top;
+    float part = 0;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; ++e) {
+        s[n][e] = exp2_fast((s[n][e] - reference) * to_log2);
+        part += s[n][e];
+      }
+    sum_so_far = sum_so_far * factor + part;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) result[n][2 * r] *= factor, result[n][2 * r + 1] *= factor;
+  }
+
+  // ---- results
+
+  HEEDFUL_DEVICE void finish() {
+    const float weight = kGeneral && has_dropout(p) ? float(kept_weight(p)) : 1;
+    float lse[kM][2];
+    bool careful[kM][2], any = false;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float total = sum[m][r];
+        total += shuffle_xor(total, 1);
+        total += shuffle_xor(total, 2);
+        // A NaN among the scores shows in the sum alone.
+        const bool dead = row(m, r) >= span.queries || (top[m][r] == -kInfinity<float> && total == total);
+        const float unit = kGeneral ? 1 : float(p.scale);
+        lse[m][r] = dead ? -kInfinity<float>
+                         : softmax_reference(top[m][r], -kInfinity<float>) * unit + log2_of(total) * float(kLn2);
+        const float factor = dead ? 0 : weight / total;
+        bool finite = dead || total - total == 0;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            out[m][n][e] = dead ? 0 : out[m][n][e] * factor;
+            finite &= out[m][n][e] - out[m][n][e] == 0;
+          }
+        // A row is four lanes wide.
+        uint32_t spoilt = !finite;
+        spoilt |= shuffle_xor(spoilt, 1);
+        spoilt |= shuffle_xor(spoilt, 2);
+        careful[m][r] = spoilt;
+        any |= careful[m][r];
+      }
+    store_rows(lse, careful);
+    // NOTE: an absent pair has a weight of 0, which lets infinite and NaN values through. They show in the result and
+    // are rare: only such rows are done again, pair by pair.
+    if (!any_lane(any)) return;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        for (int n = 0; n < 8; ++n)
+          if (any_lane(careful[m][r] && lane / 4 == n)) attend_row(head, band, span, row0 + 16 * m + 8 * r + n);
+  }
+  HEEDFUL_DEVICE int row(int m, int r) const { return row0 + 16 * m + 8 * r + fragment_row(lane); }
+
+  // By way of the warp's part of the tile of Q, so that whole rows go out.
+  HEEDFUL_DEVICE void store_rows(const float (&lse)[kM][2], const bool (&skip)[kM][2]) const {
+    const uint32_t tile = queries + uint32_t(row0 - task.row0) * kPitch<kDim>;
+    float* to_lse = static_cast<float*>(p.lse) + query_index(p, band, task.h);
+    sync_warp();
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 16 * m + 8 * r + fragment_row(lane);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n)
+          store_shared(tile + uint32_t(at) * kPitch<kDim> + uint32_t(n ^ (at & 7)) * 16 + uint32_t(lane % 4) * 4,
+                       pack<S>(out[m][n][2 * r], out[m][n][2 * r + 1]));
+        if (lane % 4 == 0 && row0 + at < int(band.q_rows) && !skip[m][r]) store_global(to_lse + row0 + at, lse[m][r]);
+      }
+    sync_warp();
+    const bool aligned = is_aligned(p.out);
+    S* to = row_of<S>(p.out, band.batch, task.h, band.q_row + row0);
+#pragma unroll 4
+    for (int n = lane; n < kRows * kColumns; n += 32) {
+      const int at = n / kColumns, chunk = n % kColumns;
+      const uint4 x = load_shared<uint4>(tile + uint32_t(at) * kPitch<kDim> + uint32_t(chunk ^ (at & 7)) * 16);
+      bool skipped = false;
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const bool here = shuffle(uint32_t(skip[m][r]), at % 8 * 4);
+          if (at / 8 == 2 * m + r) skipped = here;
+        }
+      if (row0 + at >= int(band.q_rows) || skipped) continue;
+      S* const y = to + at * p.out.stride[2] + chunk * 8;
+      if (aligned && chunk * 8 + 8 <= int(p.Dv)) {
+        store_global(reinterpret_cast<uint4*>(y), x);
+      } else {
+        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+          if (chunk * 8 + c < int(p.Dv)) store_global(y + c, S{uint16_t(words[c / 2] >> (16 * (c % 2)))});
+      }
+    }
+  }
+
+  // ---- hard attention
+
+  HEEDFUL_DEVICE void find_best(const float (&s)[kM][kN][4], const Corner& corner) {
+    if constexpr (kGeneral) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (is_better(s[m][n][e], corner.key + 8 * n + e % 2, top[m][e / 2], best[m][e / 2]))
+              top[m][e / 2] = s[m][n][e], best[m][e / 2] = corner.key + 8 * n + e % 2;
+    }
+  }
+
+  HEEDFUL_DEVICE void store_best() {
+    if constexpr (kGeneral) {
+      const S* v = row_of<const S>(p.v, band.batch, kv_head(), band.k_row);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int x = 1; x < 4; x *= 2) {
+            const float other = shuffle_xor(top[m][r], x);
+            const int others_best = int(shuffle_xor(uint32_t(best[m][r]), x));
+            if (is_better(other, others_best, top[m][r], best[m][r])) top[m][r] = other, best[m][r] = others_best;
+          }
+          for (int n = 0; n < 8; ++n) {
+            const int i = row0 + 16 * m + 8 * r + n;
+            const int key = int(shuffle(uint32_t(best[m][r]), 4 * n));
+            const float score = shuffle(top[m][r], 4 * n);
+            if (i >= int(band.q_rows)) continue;
+            const bool exists = i < span.queries;
+            if (lane == 0)
+              store_global(static_cast<float*>(p.lse) + query_index(p, band, task.h) + i,
+                           exists ? score : -kInfinity<float>);
+            const bool found = exists && key != kNoKey;
+            const float z = found ? head.keep(i, key) : 0;
+            S* to = row_of<S>(p.out, band.batch, task.h, band.q_row + i);
+            for (int d = lane; d < int(p.Dv); d += 32)
+              store_global(to + d, narrow<S>(found ? z * widen(load_global(v + key * p.v.stride[2] +
+                                                                          d * p.v.stride[3]))
+                                                   : 0.0f));
+          }
+        }
+    }
+  }
+};
+
+template <class Config>
+HEEDFUL_KERNEL(kThreads, Config::kBlocks)
+void forward(HEEDFUL_PARAMETER Problem p) {
+  Forward<Config>(p).run();
+}
+
+// Whether the plain variant computes all of it.
+inline bool is_plain(const Problem& p) {
+  return p.scale > 1e-20 && !p.scales.data && p.similarity == Similarity::dot && p.normalizer == Normalizer::softmax &&
+         p.softcap == 0 && !p.bias.data && !has_distances(p) && !p.mask.data && !p.tiles.data && !p.sinks.data &&
+         !has_dropout(p) && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v);
+}
+
+template <class S, int kDim>
+void plan_forward_of(const Problem& p, cuda::Plan* plan) {
+  using Plain = ForwardConfig<S, kDim, false>;
+  using General = ForwardConfig<S, kDim, true>;
+  const int64_t blocks = task_count(p.B, p.Sq, p.Hq, Plain::kQueries);
+  if (is_plain(p))
+    return plan->add({&forward<Plain>, blocks, kThreads, Plain::kSharedBytes, "sm80/forward, plain"});
+  plan_norms<S>(p, plan);
+  plan->workspace_bytes = Norms::bytes(p);
+  plan->add({&forward<General>, blocks, kThreads, General::kSharedBytes, "sm80/forward, general"});
+}
+
+template <int kDim>
+void plan_forward_sm80(const Problem& p, cuda::Plan* plan) {
+  (p.dtype == DType::bf16 ? &plan_forward_of<BFloat16, kDim> : &plan_forward_of<Float16, kDim>)(p, plan);
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
