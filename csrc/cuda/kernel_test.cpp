@@ -90,7 +90,8 @@ void test(const Case& c) {
 }  // namespace
 
 int main() {
-  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  for (DType dtype : {DType::bf16, DType::f16, DType::f32, DType::f64})
     for (int64_t D : {8, 64, 100, 200})
       for (int64_t S : {1, 33, 70, 150}) {
         Case c{.dtype = dtype, .B = 1, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D};
@@ -98,7 +99,11 @@ int main() {
         Case causal = c, general = c;
         causal.right = 0;
         general.softcap = 3, general.bias = "hij", general.dropout = 0.3;
-        test(c), test(causal), test(general);
+        for (const Case& x : {c, causal, general}) {
+          const auto start = std::chrono::steady_clock::now();
+          test(x);
+          std::printf("%.3f s %s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), describe(x).c_str());
+        }
       }
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures != 0;

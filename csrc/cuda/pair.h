@@ -21,18 +21,16 @@ struct HeadScores {
   const Problem& p;
   const int b, h;
   const int64_t start;  // query 0's position
-  const C factor;       // of similarities
-  const DistanceBias<C> distances;
 
   HEEDFUL_DEVICE HeadScores(const Problem& problem, const Band& band, int of_b, int of_h)
-      : p(problem),
-        b(of_b),
-        h(of_h),
-        start(band.start),
-        factor(p.scales.data ? load_global(static_cast<const C*>(p.scales.data) + b * p.scales.batch_stride + h)
-                             : C(p.scale)),
-        distances(problem, of_b, of_h) {}
+      : p(problem), b(of_b), h(of_h), start(band.start) {}
 
+  // Of similarities.
+  HEEDFUL_DEVICE C factor() const {
+    return p.scales.data ? load_global(static_cast<const C*>(p.scales.data) + b * p.scales.batch_stride + h)
+                         : C(p.scale);
+  }
+  HEEDFUL_DEVICE DistanceBias<C> distances() const { return DistanceBias<C>(p, b, h); }
   HEEDFUL_DEVICE C sink() const { return sink_of<C>(p, b, h, -kInfinity<C>); }
 
   // ---- masks, but for the band
@@ -62,10 +60,10 @@ struct HeadScores {
 
   // The score of a pair that no mask forbids; -inf where a bias does.
   HEEDFUL_DEVICE C score(int i, int j, C similarity) const {
-    C s = similarity * factor;
+    C s = similarity * factor();
     if (p.softcap != 0) s = soft_cap(s, C(p.softcap), C(1 / C(p.softcap)));
     if (p.bias.data) s = add_bias(s, bias(i, j), -kInfinity<C>);
-    if (has_distances(p)) s = add_bias(s, distances.value(distance(i, j)), -kInfinity<C>);
+    if (has_distances(p)) s = add_bias(s, distances().value(distance(i, j)), -kInfinity<C>);
     return s;
   }
 

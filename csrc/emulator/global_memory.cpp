@@ -4,12 +4,22 @@ namespace heedful::emulator {
 
 void GlobalMemory::add(const std::string& name, const void* data, size_t bytes, Use use) {
   if (!bytes) return;
+  for (auto*& array : recent_) array = nullptr;
   arrays_[reinterpret_cast<uintptr_t>(data)] = {name, bytes, use, {}};
+}
+
+void GlobalMemory::clear() {
+  arrays_.clear();
+  for (auto*& array : recent_) array = nullptr;
 }
 
 std::pair<const uintptr_t, GlobalMemory::Array>& GlobalMemory::find(const void* data, size_t bytes, const char* access,
                                                                     const Where& where) {
   const auto address = reinterpret_cast<uintptr_t>(data);
+  for (auto* array : recent_)
+    if (array && address >= array->first && address + bytes <= array->first + array->second.bytes &&
+        address % bytes == 0)
+      return *array;
   const std::string what = std::string("global ") + access + " of " + std::to_string(bytes) + " bytes, " + text(where);
   auto above = arrays_.upper_bound(address);
   if (above == arrays_.begin()) throw Fault("out of bounds: " + what + ": below every array");
@@ -18,6 +28,7 @@ std::pair<const uintptr_t, GlobalMemory::Array>& GlobalMemory::find(const void* 
     throw Fault("out of bounds: " + what + ": " + std::to_string(address - array.first) + " bytes into " +
                 array.second.name + ", which has " + std::to_string(array.second.bytes));
   if (address % bytes) throw Fault("misaligned: " + what + ": in " + array.second.name);
+  recent_[next_recent_++ % 4] = &array;
   return array;
 }
 

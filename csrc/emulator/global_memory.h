@@ -20,7 +20,7 @@ enum class Use {
 class GlobalMemory {
  public:
   void add(const std::string& name, const void* data, size_t bytes, Use use);
-  void clear() { arrays_.clear(); }
+  void clear();
 
   void check_read(const void* data, size_t bytes, const Where& where);
   void check_write(const void* data, size_t bytes, const Where& where);
@@ -34,6 +34,8 @@ class GlobalMemory {
   };
   std::pair<const uintptr_t, Array>& find(const void* data, size_t bytes, const char* access, const Where& where);
   std::map<uintptr_t, Array> arrays_;  // by address
+  std::pair<const uintptr_t, Array>* recent_[4] = {};  // found lately
+  int next_recent_ = 0;
 };
 
 }  // namespace heedful::emulator

@@ -7,36 +7,38 @@ namespace heedful::cuda {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
-// Forward: a warp's rows, keys of a step, blocks on a multiprocessor. Registers decide: a lane holds kRows * (kKeys + kDim) / 32
-// accumulators, of 255 registers.
-template <int kDim>
-struct ForwardTile;
-template <>
-struct ForwardTile<64> {
-  static constexpr int kRows = 32, kKeys = 64, kBlocks = 2;  // 64 + 64 accumulators, 48 KB
+// Forward: a warp's rows, and the keys of a step. Registers decide: a lane holds rows * (keys + dim) / 32 accumulators, of
+// 255 registers.
+struct ForwardTile {
+  int rows, keys;
 };
+template <int kDim, bool kGeneral>
+constexpr ForwardTile kForwardTile = {};
 template <>
-struct ForwardTile<128> {
-  static constexpr int kRows = 16, kKeys = 64, kBlocks = 2;  // 32 + 64, 80 KB
-};
+constexpr ForwardTile kForwardTile<64, false> = {32, 64};  // 128 accumulators, 48 KB
 template <>
-struct ForwardTile<256> {
-  static constexpr int kRows = 16, kKeys = 32, kBlocks = 2;  // 16 + 128, 96 KB
-};
+constexpr ForwardTile kForwardTile<64, true> = {16, 64};  // 64, 40 KB
+template <>
+constexpr ForwardTile kForwardTile<128, false> = {16, 64};  // 96, 80 KB
+template <>
+constexpr ForwardTile kForwardTile<128, true> = {16, 32};  // 80, 48 KB
+template <>
+constexpr ForwardTile kForwardTile<256, false> = {16, 32};  // 144, 96 KB
+template <>
+constexpr ForwardTile kForwardTile<256, true> = {16, 16};  // 136, 64 KB
 
+// Plain: softmax of scaled dot products, with a band and lengths as the only masks, and rows that copies of 16 bytes can
+// take. General: everything that a Problem can say.
 template <class StorageType, int kPaddedDim, bool kWithEverything>
-struct ForwardConfig : ForwardTile<kPaddedDim> {
+struct ForwardConfig {
   using Storage = StorageType;
-  using Tile = ForwardTile<kPaddedDim>;
-  // Plain: softmax of scaled dot products, with a band and lengths as the only masks, and rows that copies of 16 bytes can
-  // take. General: everything that a Problem can say.
   static constexpr bool kGeneral = kWithEverything;
   static constexpr int kDim = kPaddedDim;
-  static constexpr int kQueries = kWarps * Tile::kRows;
-  static constexpr int kStages = 2;
-  static constexpr uint32_t kQueryBytes = kQueries * kDim * 2, kKeyBytes = Tile::kKeys * kDim * 2;
-  static constexpr uint32_t kSharedBytes = kQueryBytes + kStages * 2 * kKeyBytes;
-  static_assert(kSharedBytes <= 99 * 1024);  // what sm_86 and sm_89 have
+  static constexpr int kRows = kForwardTile<kDim, kGeneral>.rows, kKeys = kForwardTile<kDim, kGeneral>.keys;
+  static constexpr int kQueries = kWarps * kRows;
+  static constexpr uint32_t kQueryBytes = kQueries * kDim * 2, kKeyBytes = kKeys * kDim * 2;
+  static constexpr uint32_t kSharedBytes = kQueryBytes + 2 * 2 * kKeyBytes;  // two stages of K and V
+  static_assert(kSharedBytes <= 99 * 1024);                                  // what sm_86 and sm_89 have
 };
 
 }  // namespace heedful::cuda

@@ -23,9 +23,8 @@ struct Forward {
 
   const Problem& p;
   const Task task;
-  const Band band;
   const Span span;
-  const HeadScores<S> head;
+  const int own_rows;       // of the sequence, in memory
   const int lane, row0;     // the warp's first query
   const bool hard;          // hard attention
   const float to_log2;      // what one unit of a score is worth in powers of two
@@ -37,9 +36,8 @@ struct Forward {
   HEEDFUL_DEVICE explicit Forward(const Problem& problem)
       : p(problem),
         task(p.Sq, p.Hq, Config::kQueries),
-        band(p, task.b),
-        span(band),
-        head(p, band, task.b, task.h),
+        span(band()),
+        own_rows(int(band().q_rows)),
         lane(thread_index() % 32),
         row0(task.row0 + thread_index() / 32 * kRows),
         hard(kGeneral && p.normalizer == Normalizer::hard),
@@ -47,11 +45,14 @@ struct Forward {
         to_log2(float(kGeneral ? kLog2e : p.scale * kLog2e)),
         queries(shared_base()) {}
 
+  // NOTE: made anew where it is needed: its 64-bit numbers would take 18 registers throughout.
+  HEEDFUL_DEVICE Band band() const { return Band(p, task.b); }
+  HEEDFUL_DEVICE HeadScores<S> head() const { return HeadScores<S>(p, band(), task.b, task.h); }
   HEEDFUL_DEVICE int kv_head() const { return task.h / int(p.Hq / p.Hk); }
   HEEDFUL_DEVICE uint32_t stage(int n) const { return queries + Config::kQueryBytes + n * 2 * Config::kKeyBytes; }
 
   HEEDFUL_DEVICE void run() {
-    if (task.row0 >= band.q_rows) return;
+    if (task.row0 >= own_rows) return;
     start();
     attend();
     if (hard)
@@ -61,7 +62,7 @@ struct Forward {
   }
 
   HEEDFUL_DEVICE void start() {
-    const float sink = kGeneral ? head.sink() : -kInfinity<float>;
+    const float sink = kGeneral ? head().sink() : -kInfinity<float>;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -94,9 +95,10 @@ struct Forward {
 
     // Copies: Q and the first tile's K and V make the first group.
     const bool k_aligned = !kGeneral || is_aligned(p.k), v_aligned = !kGeneral || is_aligned(p.v);
-    const TileLoader<S, kDim> k(p.k, band.batch, kv_head(), band.k_row, p.D, k_aligned),
-        v(p.v, band.batch, kv_head(), band.k_row, p.Dv, v_aligned);
-    const TileLoader<S, kDim> q(p.q, band.batch, task.h, band.q_row, p.D, !kGeneral || is_aligned(p.q));
+    const Band rows = band();
+    const TileLoader<S, kDim> k(p.k, rows.batch, kv_head(), rows.k_row, p.D, k_aligned),
+        v(p.v, rows.batch, kv_head(), rows.k_row, p.Dv, v_aligned);
+    const TileLoader<S, kDim> q(p.q, rows.batch, task.h, rows.q_row, p.D, !kGeneral || is_aligned(p.q));
     q.template load<Config::kQueries, kGeneral>(queries, task.row0, span.queries);
     const auto load = [&](int n, int first) {
       k.template load<kKeys, kGeneral>(stage(n), first, span.keys);
@@ -126,7 +128,7 @@ struct Forward {
     const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<kDim> + rows_first<kDim>(lane);
     float s[kM][kN][4] = {};
     multiply_transposed<S, kDim>(s, q, keys + columns_first<kDim>(lane));
-    if constexpr (kGeneral) apply_scores<false>(head, band, span, tile, s, corner);
+    if constexpr (kGeneral) apply_scores<false>(head(), band(), span, tile, s, corner);
     if (!span.covers(row0, row0 + kRows, j, j + kKeys)) mask_band<false>(span, s, corner);
     if (hard) return find_best(s, corner);
 #pragma unroll
@@ -134,7 +136,7 @@ struct Forward {
 #pragma unroll
       for (int r = 0; r < 2; ++r) to_weights(s[m], out[m], r, top[m][r], sum[m][r]);
     if constexpr (kGeneral)
-      if (has_dropout(p)) drop(head, s, corner.query, j);
+      if (has_dropout(p)) drop(head(), s, corner.query, j);
     multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
   }
 
@@ -166,18 +168,19 @@ struct Forward {
 
   HEEDFUL_DEVICE void finish() {
     const float weight = kGeneral && has_dropout(p) ? float(kept_weight(p)) : 1;
+    const float unit = kGeneral ? 1 : float(p.scale);
     float lse[kM][2];
-    bool careful[kM][2], any = false;
+    uint32_t spoilt = 0;  // a bit for each of the warp's rows whose result is not finite
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        const int at = 16 * m + 8 * r + fragment_row(lane);
         float total = sum[m][r];
         total += shuffle_xor(total, 1);
         total += shuffle_xor(total, 2);
         // A NaN among the scores shows in the sum alone.
-        const bool dead = row(m, r) >= span.queries || (top[m][r] == -kInfinity<float> && total == total);
-        const float unit = kGeneral ? 1 : float(p.scale);
+        const bool dead = row0 + at >= span.queries || (top[m][r] == -kInfinity<float> && total == total);
         lse[m][r] = dead ? -kInfinity<float>
                          : softmax_reference(top[m][r], -kInfinity<float>) * unit + log2_of(total) * float(kLn2);
         const float factor = dead ? 0 : weight / total;
@@ -189,30 +192,23 @@ struct Forward {
             out[m][n][e] = dead ? 0 : out[m][n][e] * factor;
             finite &= out[m][n][e] - out[m][n][e] == 0;
           }
-        // A row is four lanes wide.
-        uint32_t spoilt = !finite;
-        spoilt |= shuffle_xor(spoilt, 1);
-        spoilt |= shuffle_xor(spoilt, 2);
-        careful[m][r] = spoilt;
-        any |= careful[m][r];
+        spoilt |= uint32_t(!finite) << at;
       }
-    store_rows(lse, careful);
+#pragma unroll
+    for (int n = 16; n; n /= 2) spoilt |= shuffle_xor(spoilt, n);
+    store_rows(lse, spoilt);
     // NOTE: an absent pair has a weight of 0, which lets infinite and NaN values through. They show in the result and
     // are rare: only such rows are done again, pair by pair.
-    if (!any_lane(any)) return;
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        for (int n = 0; n < 8; ++n)
-          if (any_lane(careful[m][r] && lane / 4 == n)) attend_row(head, band, span, row0 + 16 * m + 8 * r + n);
+#pragma unroll 1
+    for (int n = 0; n < kRows; ++n)
+      if (spoilt >> n & 1 && row0 + n < own_rows) attend_row(head(), band(), span, row0 + n);
   }
-  HEEDFUL_DEVICE int row(int m, int r) const { return row0 + 16 * m + 8 * r + fragment_row(lane); }
 
-  // By way of the warp's part of the tile of Q, so that whole rows go out.
-  HEEDFUL_DEVICE void store_rows(const float (&lse)[kM][2], const bool (&skip)[kM][2]) const {
+  // By way of the warp's part of the tile of Q, so that whole rows go out; but for those to skip.
+  HEEDFUL_DEVICE void store_rows(const float (&lse)[kM][2], uint32_t skip) const {
     const uint32_t tile = queries + uint32_t(row0 - task.row0) * kPitch<kDim>;
-    float* to_lse = static_cast<float*>(p.lse) + query_index(p, band, task.h);
+    const Band rows = band();
+    float* to_lse = static_cast<float*>(p.lse) + query_index(p, rows, task.h) + row0;
     sync_warp();
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -223,24 +219,16 @@ struct Forward {
         for (int n = 0; n < kColumns; ++n)
           store_shared(tile + uint32_t(at) * kPitch<kDim> + uint32_t(n ^ (at & 7)) * 16 + uint32_t(lane % 4) * 4,
                        pack<S>(out[m][n][2 * r], out[m][n][2 * r + 1]));
-        if (lane % 4 == 0 && row0 + at < int(band.q_rows) && !skip[m][r]) store_global(to_lse + row0 + at, lse[m][r]);
+        if (lane % 4 == 0 && row0 + at < own_rows && !(skip >> at & 1)) store_global(to_lse + at, lse[m][r]);
       }
     sync_warp();
     const bool aligned = is_aligned(p.out);
-    S* to = row_of<S>(p.out, band.batch, task.h, band.q_row + row0);
-#pragma unroll 4
+    S* to = row_of<S>(p.out, rows.batch, task.h, rows.q_row + row0);
+#pragma unroll 2
     for (int n = lane; n < kRows * kColumns; n += 32) {
       const int at = n / kColumns, chunk = n % kColumns;
+      if (row0 + at >= own_rows || skip >> at & 1) continue;
       const uint4 x = load_shared<uint4>(tile + uint32_t(at) * kPitch<kDim> + uint32_t(chunk ^ (at & 7)) * 16);
-      bool skipped = false;
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const bool here = shuffle(uint32_t(skip[m][r]), at % 8 * 4);
-          if (at / 8 == 2 * m + r) skipped = here;
-        }
-      if (row0 + at >= int(band.q_rows) || skipped) continue;
       S* const y = to + at * p.out.stride[2] + chunk * 8;
       if (aligned && chunk * 8 + 8 <= int(p.Dv)) {
         store_global(reinterpret_cast<uint4*>(y), x);
@@ -270,7 +258,8 @@ struct Forward {
 
   HEEDFUL_DEVICE void store_best() {
     if constexpr (kGeneral) {
-      const S* v = row_of<const S>(p.v, band.batch, kv_head(), band.k_row);
+      const Band rows = band();
+      const S* v = row_of<const S>(p.v, rows.batch, kv_head(), rows.k_row);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -285,14 +274,14 @@ struct Forward {
             const int i = row0 + 16 * m + 8 * r + n;
             const int key = int(shuffle(uint32_t(best[m][r]), 4 * n));
             const float score = shuffle(top[m][r], 4 * n);
-            if (i >= int(band.q_rows)) continue;
+            if (i >= own_rows) continue;
             const bool exists = i < span.queries;
             if (lane == 0)
-              store_global(static_cast<float*>(p.lse) + query_index(p, band, task.h) + i,
+              store_global(static_cast<float*>(p.lse) + query_index(p, rows, task.h) + i,
                            exists ? score : -kInfinity<float>);
             const bool found = exists && key != kNoKey;
-            const float z = found ? head.keep(i, key) : 0;
-            S* to = row_of<S>(p.out, band.batch, task.h, band.q_row + i);
+            const float z = found ? head().keep(i, key) : 0;
+            S* to = row_of<S>(p.out, rows.batch, task.h, rows.q_row + i);
             for (int d = lane; d < int(p.Dv); d += 32)
               store_global(to + d, narrow<S>(found ? z * widen(load_global(v + key * p.v.stride[2] +
                                                                           d * p.v.stride[3]))
@@ -304,7 +293,7 @@ struct Forward {
 };
 
 template <class Config>
-HEEDFUL_KERNEL(kThreads, Config::kBlocks)
+HEEDFUL_KERNEL(kThreads, 2)
 void forward(HEEDFUL_PARAMETER Problem p) {
   Forward<Config>(p).run();
 }
@@ -318,14 +307,14 @@ inline bool is_plain(const Problem& p) {
 
 template <class S, int kDim>
 void plan_forward_of(const Problem& p, cuda::Plan* plan) {
-  using Plain = ForwardConfig<S, kDim, false>;
-  using General = ForwardConfig<S, kDim, true>;
-  const int64_t blocks = task_count(p.B, p.Sq, p.Hq, Plain::kQueries);
-  if (is_plain(p))
-    return plan->add({&forward<Plain>, blocks, kThreads, Plain::kSharedBytes, "sm80/forward, plain"});
+  const auto add = [&](auto config, const char* name) {
+    using Config = decltype(config);
+    plan->add({&forward<Config>, task_count(p.B, p.Sq, p.Hq, Config::kQueries), kThreads, Config::kSharedBytes, name});
+  };
+  if (is_plain(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
   plan_norms<S>(p, plan);
   plan->workspace_bytes = Norms::bytes(p);
-  plan->add({&forward<General>, blocks, kThreads, General::kSharedBytes, "sm80/forward, general"});
+  add(ForwardConfig<S, kDim, true>(), "sm80/forward, general");
 }
 
 template <int kDim>

@@ -56,14 +56,17 @@ HEEDFUL_DEVICE void apply_scores(const HeadScores<S>& head, const Band& band, co
     else
       each([&](float x, int i, int j) { return x + load_global(of_q + i) + load_global(of_k + j); });
   }
-  each([&](float x, int, int) { return x * head.factor; });
+  const float factor = head.factor();
+  each([&](float x, int, int) { return x * factor; });
   if (p.softcap != 0) {
     const float cap = float(p.softcap), inverse = 1 / cap;
     each([&](float x, int, int) { return soft_cap(x, cap, inverse); });
   }
   if (p.bias.data) each([&](float x, int i, int j) { return add_bias(x, head.bias(i, j), kAbsent); });
-  if (has_distances(p))
-    each([&](float x, int i, int j) { return add_bias(x, head.distances.value(head.distance(i, j)), kAbsent); });
+  if (has_distances(p)) {
+    const DistanceBias<float> distances = head.distances();
+    each([&](float x, int i, int j) { return add_bias(x, distances.value(head.distance(i, j)), kAbsent); });
+  }
   if (p.mask.data) each([&](float x, int i, int j) { return head.mask(i, j) ? x : kAbsent; });
   if (tile >= kFirstPartialTile) each([&](float x, int i, int j) { return head.tile_bit(tile, i, j) ? x : kAbsent; });
 }
@@ -75,28 +78,29 @@ HEEDFUL_DEVICE uint32_t pick(const uint32_t (&x)[4], int n) {
 }
 
 // Weights that dropout drops become 0; columns are keys, and the first one of the tile a multiple of 8. The eight keys of
-// 8 columns share one block of random words, of which each of the four lanes of a row needs another: so each lane makes
-// those of one of four such columns, and they exchange.
+// 8 columns share one block of random words, of which each of the four lanes of a row needs another: where there are
+// four such columns, each lane makes the words of one, and they exchange.
 template <class S, int kM, int kN>
 HEEDFUL_DEVICE void drop(const HeadScores<S>& head, float (&s)[kM][kN][4], int query, int first_key) {
-  static_assert(kN % 4 == 0);
+  constexpr int kTogether = kN % 4 ? 1 : 4;
   const int lane = thread_index() % 4;
+  const auto keep = [&](uint32_t random, float& weight) { weight = (random & 0xffff) < head.p.keep ? weight : 0; };
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int n = 0; n < kN; n += 4) {
+      for (int n = 0; n < kN; n += kTogether) {
+        const int eighth = first_key / kPairsPerCounter + n;
         uint32_t made[4], got[4];
-        head.random_words(query + 16 * m + 8 * r, first_key / kPairsPerCounter + n + lane, made);
+        head.random_words(query + 16 * m + 8 * r, kTogether == 4 ? eighth + lane : eighth, made);
 #pragma unroll
-        for (int x = 0; x < 4; ++x) got[x] = shuffle_xor(pick(made, lane ^ x), x);
+        for (int x = 0; x < kTogether; ++x) got[x] = kTogether == 4 ? shuffle_xor(pick(made, lane ^ x), x) : 0;
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const uint32_t word = pick(got, lane ^ x);
-          float(&pair)[4] = s[m][n + x];
-          pair[2 * r] = (word & 0xffff) < head.p.keep ? pair[2 * r] : 0;
-          pair[2 * r + 1] = (word >> 16) < head.p.keep ? pair[2 * r + 1] : 0;
+        for (int x = 0; x < kTogether; ++x) {
+          const uint32_t word = kTogether == 4 ? pick(got, lane ^ x) : pick(made, lane);
+          keep(word, s[m][n + x][2 * r]);
+          keep(word >> 16, s[m][n + x][2 * r + 1]);
         }
       }
 }

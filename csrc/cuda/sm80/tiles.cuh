@@ -26,28 +26,27 @@ template <class S, int kDim>
 struct TileLoader {
   static constexpr int kChunks = kDim / 8, kRowsPerPass = kThreads / kChunks;
 
-  const S* from;  // row 0, this thread's chunk
-  int64_t row_stride, column_stride;
-  uint32_t to;     // this thread's place in a tile
-  int row, columns;  // its row in the first pass; how many of its eight columns there are
-  bool aligned;
+  const View& view;
+  const bool aligned;
+  const int row;  // this thread's row in the first pass
+  const S* from;  // that row's first one of this thread's eight columns
+  uint32_t to;    // its place in a tile
+  int columns;    // how many of the eight there are
 
-  HEEDFUL_DEVICE TileLoader(const View& view, int64_t batch, int64_t head, int64_t row0, int64_t dim, bool is_aligned) {
+  HEEDFUL_DEVICE TileLoader(const View& of, int64_t batch, int64_t head, int64_t row0, int64_t dim, bool is_aligned)
+      : view(of), aligned(is_aligned), row(thread_index() / kChunks) {
     const int chunk = thread_index() % kChunks;
-    row = thread_index() / kChunks;
-    row_stride = view.stride[2], column_stride = view.stride[3];
-    from = row_of<const S>(view, batch, head, row0) + chunk * 8 * column_stride;
+    from = row_of<const S>(view, batch, head, row0 + row) + chunk * 8 * view.stride[3];
     to = uint32_t(row) * kPitch<kDim> + uint32_t(chunk ^ (row & 7)) * 16;
     columns = int(clamp(dim - chunk * 8, 0, 8));
-    aligned = is_aligned;
   }
 
   // Rows [first, first + kRows), of which those below `end` exist.
   template <int kRows, bool kMayBeUnaligned>
   HEEDFUL_DEVICE void load(uint32_t tile, int first, int end) const {
-    const S* x = from + (first + row) * row_stride;
+    const S* x = from + first * view.stride[2];
 #pragma unroll
-    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass, x += kRowsPerPass * row_stride) {
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass, x += kRowsPerPass * view.stride[2]) {
       // Four rows on, the low three bits of the row have changed by 4.
       const uint32_t swizzle = kRowsPerPass == 4 && pass % 2 ? 64 : 0;
       const uint32_t address = tile + (to ^ swizzle) + uint32_t(pass * kRowsPerPass) * kPitch<kDim>;
@@ -62,8 +61,8 @@ struct TileLoader {
     uint32_t words[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const uint32_t low = 2 * n < present ? load_global(x + 2 * n * column_stride).bits : 0;
-      const uint32_t high = 2 * n + 1 < present ? load_global(x + (2 * n + 1) * column_stride).bits : 0;
+      const uint32_t low = 2 * n < present ? load_global(x + 2 * n * view.stride[3]).bits : 0;
+      const uint32_t high = 2 * n + 1 < present ? load_global(x + (2 * n + 1) * view.stride[3]).bits : 0;
       words[n] = low | high << 16;
     }
     return {words[0], words[1], words[2], words[3]};
