@@ -87,24 +87,156 @@ void test(const Case& c) {
   compare(name, "out", c, got.out, expected.out), compare(name, "lse", c, got.lse, expected.lse);
 }
 
+// ---- cases ----------------------------------------------------------------------------------------------------------
+
+Case square(DType dtype, int64_t S, int64_t D) {
+  return {.dtype = dtype, .B = 2, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D, .scale = 1 / std::sqrt(double(D))};
+}
+
+// Sizes around the edges of warps' rows, tiles and padded head dims. With heads inside rows of 8 n - 3 numbers, rows
+// are aligned and their last chunk is not whole.
+void test_shapes(DType dtype) {
+  constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {1, 3}, {128, 72}, {100, 100}, {16, 136}, {256, 256}, {250, 33}};
+  for (const auto& [D, Dv] : kDims)
+    for (int64_t S : {1, 16, 63, 65, 130}) {
+      if (D + Dv > 256 && S > 65) continue;
+      Case full = square(dtype, S, D), causal = full, ragged = full;
+      full.B = 1, full.Dv = Dv;
+      causal.Dv = Dv, causal.Hk = 2, causal.right = 0, causal.B = 1;
+      ragged.D = D / 8 * 8 + 5, ragged.Dv = Dv / 8 * 8 + 5, ragged.layout = Layout::heads_inside;
+      ragged.Sk += 3, ragged.start = 3, ragged.right = 0, ragged.lengths = true;
+      for (const Case& c : {full, causal, ragged}) test(c);
+    }
+  // Nothing to do.
+  for (auto size : {&Case::B, &Case::Sq, &Case::Sk}) {
+    Case c = square(dtype, 4, 64);
+    c.*size = 0, c.dropout_batch = 1;
+    test(c);
+  }
+}
+
+// Offsets of the first query and lengths, where bounds of blocks and tiles that are off by one show.
+void test_offsets(DType dtype) {
+  int64_t n = 0;
+  for (int64_t start = -135; start <= 200; start += start > -5 && start < 5 ? 1 : 9)
+    for (int64_t left : {kUnbounded, int64_t{0}, int64_t{50}})
+      for (int64_t right : {int64_t{0}, int64_t{17}}) {
+        Case c{.dtype = dtype, .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64, .scale = 0.125};
+        c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
+        if (n++ % 4 == 0) c.bias = "hij";
+        test(c);
+      }
+}
+
+// Every feature on its own, and some together.
+void test_features(DType dtype) {
+  for (int64_t D : {64, 5}) {
+    Case plain = square(dtype, 67, D);
+    plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = 70, plain.start = 3;
+    std::vector<Case> cases;
+    const auto add = [&](auto change) {
+      cases.push_back(plain);
+      change(cases.back());
+    };
+    for (double scale : {-0.3, 0.0, 1e-30}) add([&](Case& c) { c.scale = scale; });
+    for (double softcap : {0.5, 30.0}) add([&](Case& c) { c.softcap = softcap; });
+    for (Per per : {Per::head, Per::sequence}) {
+      add([&](Case& c) { c.scales = per; });
+      add([&](Case& c) { c.sinks = per; });
+      add([&](Case& c) { c.slopes = per; });
+      add([&](Case& c) { c.table = per; });
+    }
+    for (Similarity similarity : {Similarity::cosine, Similarity::gaussian}) {
+      add([&](Case& c) { c.similarity = similarity; });
+      add([&](Case& c) { c.similarity = similarity, c.scales = Per::head; });
+    }
+    if (dtype != DType::f16) add([&](Case& c) { c.similarity = Similarity::cosine, c.zero_rows = true; });
+    for (double dropout : {0.3, 1.0}) add([&](Case& c) { c.dropout = dropout; });
+    for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
+    for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
+    for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
+    for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
+    add([&](Case& c) { c.packed = true; });
+    add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
+    add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });
+    add([&](Case& c) { c.layout = Layout::columns; });
+    add([&](Case& c) { c.layout = Layout::heads_inside; });
+    add([&](Case& c) { c.poison = c.lengths = true; });
+    add([&](Case& c) { c.poison = c.lengths = true, c.mask = "ij"; });
+    add([&](Case& c) { c.poison = true, c.bias = "ij"; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.softcap = 30; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.sinks = Per::head, c.dropout = 0.3; });
+    for (const Case& c : cases) test(c);
+  }
+}
+
+// All features at random.
+Case random_case(DType dtype) {
+  Case c{.dtype = dtype};
+  const auto dims = [](int64_t absent) {
+    constexpr Dims kAll[] = {"bhij", "hij", "ij", "bij", "bi", "j", "hj", "bh"};
+    return one_in(absent) ? kAll[below(8)] : "";
+  };
+  const auto per = [] { return one_in(3) ? Per(between(1, 2)) : Per::none; };
+  const auto bound = [] { return one_in(3) ? between(-2, 80) : kUnbounded; };
+  const bool half = dtype == DType::bf16 || dtype == DType::f16;
+  const int64_t longest = half ? 140 : 40, widest = half && one_in(4) ? 150 : 60;
+  c.B = between(1, 3), c.Hk = between(1, 2), c.Hq = c.Hk * between(1, 2);
+  c.Sq = between(1, one_in(3) ? longest : 40), c.Sk = between(1, one_in(3) ? longest : 40);
+  c.D = between(1, widest), c.Dv = between(1, widest), c.layout = Layout(below(3));
+  c.scale = 1 / std::sqrt(double(c.D));
+  c.packed = one_in(3), c.lengths = one_in(3), c.starts = one_in(3), c.poison = one_in(3);
+  c.start = between(-20, 20), c.left = bound(), c.right = bound();
+  c.mask = dims(4), c.bias = dims(3), c.bias_f32 = one_in(2);
+  constexpr Dims kTiles[] = {"ij", "bij", "hij", "bhij"};
+  if (one_in(3)) c.tiles = kTiles[below(4)];
+  if (c.poison && *c.mask) c.mask = "bhij";
+  c.scales = per(), c.sinks = per(), c.slopes = per(), c.table = per();
+  c.similarity = Similarity(below(3)), c.hard = one_in(5);
+  c.dropout_batch = between(1, c.B);
+  if (one_in(3)) c.dropout = 0.4;
+  if (c.hard) {
+    c.scale = 0.25;
+    if (c.similarity == Similarity::cosine) c.similarity = Similarity::dot;
+  } else if (one_in(3)) {
+    c.softcap = 2;
+  }
+  return c;
+}
+
+template <class F>
+void stage(const char* name, F f) {
+  const auto start = std::chrono::steady_clock::now();
+  const int before = checks;
+  f();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%-20s %5d checks %7.1f s\n", name, checks - before, seconds.count());
+}
+
 }  // namespace
 
 int main() {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  for (DType dtype : {DType::bf16, DType::f16, DType::f32, DType::f64})
-    for (int64_t D : {8, 64, 100, 200})
-      for (int64_t S : {1, 33, 70, 150}) {
-        Case c{.dtype = dtype, .B = 1, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D};
-        c.scale = 1 / std::sqrt(double(D));
-        Case causal = c, general = c;
-        causal.right = 0;
-        general.softcap = 3, general.bias = "hij", general.dropout = 0.3;
-        for (const Case& x : {c, causal, general}) {
-          const auto start = std::chrono::steady_clock::now();
-          test(x);
-          std::printf("%.3f s %s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), describe(x).c_str());
-        }
-      }
+  for (DType dtype : {DType::bf16, DType::f16}) {
+    stage("shapes", [&] { test_shapes(dtype); });
+    stage("offsets", [&] { test_offsets(dtype); });
+    stage("features", [&] { test_features(dtype); });
+    stage("random", [&] {
+      for (int n = 0; n < 150; ++n) test(random_case(dtype));
+    });
+  }
+  const emulator::Statistics& s = machine().statistics;
+  report(s.loads.wavefronts == s.loads.least && s.stores.wavefronts == s.stores.least, "bank conflicts");
+  for (const auto& [name, count] : s.instructions)
+    std::printf("%s %lld, ", name.c_str(), static_cast<long long>(count));
+  std::printf("shared memory wavefronts %lld of %lld at least\n",
+              static_cast<long long>(s.loads.wavefronts + s.stores.wavefronts),
+              static_cast<long long>(s.loads.least + s.stores.least));
+  for (DType dtype : {DType::f32, DType::f64})
+    stage("row by row", [&] {
+      for (int n = 0; n < 150; ++n) test(random_case(dtype));
+    });
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures != 0;
 }

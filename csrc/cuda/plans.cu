@@ -1,5 +1,4 @@
 #include "plans.h"
-
 #include "ptx.h"
 
 namespace heedful::HEEDFUL_TARGET {

@@ -30,8 +30,8 @@ struct Span {
   }
 };
 
-// Block x of a launch is the block of rows x % blocks, counted from the last one, of head and sequence x / blocks: under
-// a causal mask the last rows have the most to do.
+// Block x of a launch is the block of rows x % blocks, counted from the last one, of head and sequence x / blocks:
+// under a causal mask the last rows have the most to do.
 struct Task {
   int b, h, row0;
   HEEDFUL_DEVICE Task(int64_t rows, int64_t heads, int rows_per_block) {
@@ -54,7 +54,8 @@ HEEDFUL_FN T* row_of(const View& view, int64_t batch, int64_t head, int64_t row)
   return static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
 }
 
-// The place of a sequence's first query among all of them: [B, Hq, Sq], or [1, Hq, q_rows] when packed; of its first key.
+// The place of a sequence's first query among all of them: [B, Hq, Sq], or [1, Hq, q_rows] when packed; of its first
+// key.
 HEEDFUL_FN int64_t query_index(const Problem& p, const Band& band, int64_t h) {
   return (band.batch * p.Hq + h) * p.q_rows + band.q_row;
 }

@@ -33,7 +33,7 @@ class GlobalMemory {
     std::vector<bool> written;
   };
   std::pair<const uintptr_t, Array>& find(const void* data, size_t bytes, const char* access, const Where& where);
-  std::map<uintptr_t, Array> arrays_;  // by address
+  std::map<uintptr_t, Array> arrays_;                  // by address
   std::pair<const uintptr_t, Array>* recent_[4] = {};  // found lately
   int next_recent_ = 0;
 };

@@ -7,8 +7,8 @@ namespace heedful::cuda {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
-// Forward: a warp's rows, and the keys of a step. Registers decide: a lane holds rows * (keys + dim) / 32 accumulators, of
-// 255 registers.
+// Forward: a warp's rows, and the keys of a step. Registers decide: a lane holds rows * (keys + dim) / 32 accumulators,
+// of 255 registers.
 struct ForwardTile {
   int rows, keys;
 };
@@ -27,8 +27,8 @@ constexpr ForwardTile kForwardTile<256, false> = {16, 32};  // 144, 96 KB
 template <>
 constexpr ForwardTile kForwardTile<256, true> = {16, 16};  // 136, 64 KB
 
-// Plain: softmax of scaled dot products, with a band and lengths as the only masks, and rows that copies of 16 bytes can
-// take. General: everything that a Problem can say.
+// Plain: softmax of scaled dot products, with a band and lengths as the only masks, and rows that copies of 16 bytes
+// can take. General: everything that a Problem can say.
 template <class StorageType, int kPaddedDim, bool kWithEverything>
 struct ForwardConfig {
   using Storage = StorageType;

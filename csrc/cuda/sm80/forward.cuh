@@ -4,8 +4,8 @@
 //   S [kRows][kKeys] = Q K^T      Q, K by ldmatrix
 //   O [kRows][kDim] += P V        P from the registers that S is in, V by ldmatrix.trans
 //
-// K and V of the next tile are copied into a second stage meanwhile; one barrier a tile says that the copies of this one
-// have come and that everybody is done with the one before.
+// K and V of the next tile are copied into a second stage meanwhile; one barrier a tile says that the copies of this
+// one have come and that everybody is done with the one before.
 #pragma once
 
 #include "../rows.cuh"
@@ -24,13 +24,13 @@ struct Forward {
   const Problem& p;
   const Task task;
   const Span span;
-  const int own_rows;       // of the sequence, in memory
-  const int lane, row0;     // the warp's first query
-  const bool hard;          // hard attention
-  const float to_log2;      // what one unit of a score is worth in powers of two
-  const uint32_t queries;   // the tile of Q
+  const int own_rows;      // of the sequence, in memory
+  const int lane, row0;    // the warp's first query
+  const bool hard;         // hard attention
+  const float to_log2;     // what one unit of a score is worth in powers of two
+  const uint32_t queries;  // the tile of Q
   float out[kM][kColumns][4];
-  float top[kM][2], sum[kM][2];  // maximum and this lane's part of the sum, of rows 16 m + 8 r + lane / 4
+  float top[kM][2], sum[kM][2];    // maximum and this lane's part of the sum, of rows 16 m + 8 r + lane / 4
   int best[kGeneral ? kM : 1][2];  // hard attention: this lane's best key
 
   HEEDFUL_DEVICE explicit Forward(const Problem& problem)
@@ -283,8 +283,7 @@ struct Forward {
             const float z = found ? head().keep(i, key) : 0;
             S* to = row_of<S>(p.out, rows.batch, task.h, rows.q_row + i);
             for (int d = lane; d < int(p.Dv); d += 32)
-              store_global(to + d, narrow<S>(found ? z * widen(load_global(v + key * p.v.stride[2] +
-                                                                          d * p.v.stride[3]))
+              store_global(to + d, narrow<S>(found ? z * widen(load_global(v + key * p.v.stride[2] + d * p.v.stride[3]))
                                                    : 0.0f));
           }
         }

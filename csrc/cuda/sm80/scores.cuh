@@ -1,5 +1,6 @@
 // From products to scores, on a warp's tile as mma leaves it: element (m, n, e) of a lane is row 16 m + 8 (e / 2) and
-// column 8 n + e % 2 from the lane's first row and column on. Rows are queries and columns keys, or the other way round.
+// column 8 n + e % 2 from the lane's first row and column on. Rows are queries and columns keys, or the other way
+// round.
 #pragma once
 
 #include "../norms.cuh"
@@ -43,9 +44,8 @@ HEEDFUL_DEVICE void apply_scores(const HeadScores<S>& head, const Band& band, co
                                  float (&s)[kM][kN][4], const Corner& corner) {
   const Problem& p = head.p;
   const auto each = [&](auto f) {
-    for_each_pair<kTransposed>(s, corner, [&](float& x, int i, int j) {
-      x = f(x, least(i, span.queries - 1), least(j, span.keys - 1));
-    });
+    for_each_pair<kTransposed>(
+        s, corner, [&](float& x, int i, int j) { x = f(x, least(i, span.queries - 1), least(j, span.keys - 1)); });
   };
   constexpr float kAbsent = -kInfinity<float>;
   if (p.similarity != Similarity::dot) {
@@ -77,8 +77,8 @@ HEEDFUL_DEVICE uint32_t pick(const uint32_t (&x)[4], int n) {
   return n & 2 ? high : low;
 }
 
-// Weights that dropout drops become 0; columns are keys, and the first one of the tile a multiple of 8. The eight keys of
-// 8 columns share one block of random words, of which each of the four lanes of a row needs another: where there are
+// Weights that dropout drops become 0; columns are keys, and the first one of the tile a multiple of 8. The eight keys
+// of 8 columns share one block of random words, of which each of the four lanes of a row needs another: where there are
 // four such columns, each lane makes the words of one, and they exchange.
 template <class S, int kM, int kN>
 HEEDFUL_DEVICE void drop(const HeadScores<S>& head, float (&s)[kM][kN][4], int query, int first_key) {

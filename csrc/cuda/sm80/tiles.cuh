@@ -1,7 +1,7 @@
 // Tiles of rows of 16-bit numbers in shared memory, and products of them.
 //
-// A row of kDim numbers is kDim / 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r & 7), so that the eight rows that
-// ldmatrix takes at once, and the eight chunks that copies write at once, are in different banks.
+// A row of kDim numbers is kDim / 8 chunks of 16 bytes; chunk c of row r lies at c ^ (r & 7), so that the eight rows
+// that ldmatrix takes at once, and the eight chunks that copies write at once, are in different banks.
 #pragma once
 
 #include "../span.h"
@@ -69,8 +69,8 @@ struct TileLoader {
   }
 };
 
-// Where a lane finds its row of the 16 x 16 parts of a tile, for ldmatrix. The address of the part at rows 16 r and columns
-// 16 c is (lane address ^ 32 c) + 16 r rows: the low bit of the chunk is the lane's own.
+// Where a lane finds its row of the 16 x 16 parts of a tile, for ldmatrix. The address of the part at rows 16 r and
+// columns 16 c is (lane address ^ 32 c) + 16 r rows: the low bit of the chunk is the lane's own.
 template <int kDim>
 HEEDFUL_DEVICE uint32_t lane_address(int row, int half) {
   return uint32_t(row) * kPitch<kDim> + uint32_t(half ^ (row & 7)) * 16;
