@@ -29,7 +29,7 @@ void report(bool passed, const std::string& what) {
 // ---- one call -------------------------------------------------------------------------------------------------------
 
 // What the kernels may touch, and how.
-void register_arrays(Call& call, std::vector<unsigned char>& workspace) {
+void register_arrays(Call& call, std::vector<unsigned char>& workspace, bool backward) {
   machine().memory.clear();
   const auto add = [](const char* name, auto& x, Use use) {
     machine().memory.add(name, x.data(), x.size() * sizeof(x[0]), use);
@@ -37,23 +37,32 @@ void register_arrays(Call& call, std::vector<unsigned char>& workspace) {
   add("q", call.q.bytes, Use::read), add("k", call.k.bytes, Use::read), add("v", call.v.bytes, Use::read);
   add("bias", call.bias.bytes, Use::read), add("mask", call.mask, Use::read), add("bits", call.bits, Use::read);
   for (auto* x : {&call.scales, &call.sinks, &call.slopes, &call.table}) add("a parameter", x->bytes, Use::read);
-  add("out", call.out.bytes, Use::write_once), add("lse", call.lse.bytes, Use::write_once);
+  const Use result = backward ? Use::read : Use::write_once;
+  add("out", call.out.bytes, result), add("lse", call.lse.bytes, result);
+  if (backward) {
+    add("dout", call.dout.bytes, Use::read), add("dlse", call.dlse.bytes, Use::read);
+    for (Array* x :
+         {&call.dq, &call.dk, &call.dv, &call.dbias, &call.dscales, &call.dsinks, &call.dslopes, &call.dtable})
+      add("a gradient", x->bytes, Use::write_once);
+  }
   add("workspace", workspace, Use::any);
 }
 
-void run(const cuda::Plan& plan, Problem& p, Call& call) {
+void run(const cuda::Plan& plan, Problem& p, Call& call, bool backward) {
   std::vector<unsigned char> workspace(plan.workspace_bytes + 256, 0xff);
   p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
-  register_arrays(call, workspace);
+  register_arrays(call, workspace, backward);
   for (int n = 0; n < plan.launch_count; ++n) {
     const cuda::Launch& launch = plan.launches[n];
     emulator::launch({launch.blocks, launch.threads, launch.shared_bytes}, [&] { launch.kernel(p); });
   }
 }
 
-// The largest difference, over the largest value expected or 1.
-void compare(const std::string& name, const char* what, const Case& c, const Array& got, const Array& expected) {
-  double error = 0, size = 1;
+// The largest difference, over the largest value expected or `size`, that of what gradients are differences of.
+void compare(const std::string& name, const char* what, const Case& c, const Array& got, const Array& expected,
+             double size = 1) {
+  if (got.bytes.empty()) return;
+  double error = 0;
   got.for_each([&](const Shape& at) {
     const double x = got.get(at), y = expected.get(at);
     if (std::isfinite(x) && std::isfinite(y))
@@ -74,17 +83,32 @@ void test(const Case& c) {
   Call expected = call.in_float64();
   define(expected.problem());
   Call got = call;
-  Problem p = got.problem();
-  cuda::Plan plan;
-  emulated::plan_forward(p, &plan);
-  const std::string name = std::string(plan.launch_count ? plan.launches[plan.launch_count - 1].name : "no kernel") +
-                           ", seed " + std::to_string(seed) + ": " + describe(c);
+  std::string name;
+  const auto run_all = [&](auto plan_of, bool backward) {
+    Problem p = got.problem();
+    cuda::Plan plan;
+    plan_of(p, &plan);
+    name = std::string(plan.launch_count ? plan.launches[plan.launch_count - 1].name : "no kernel") + ", seed " +
+           std::to_string(seed) + ": " + describe(c);
+    run(plan, p, got, backward);
+  };
+  const auto check = [&](const char* what, Array Call::* result, double size = 1) {
+    compare(name, what, c, got.*result, expected.*result, size);
+  };
   try {
-    run(plan, p, got);
+    run_all(&emulated::plan_forward, false);
+    check("out", &Call::out), check("lse", &Call::lse);
+    run_all(&emulated::plan_backward, true);
   } catch (const Fault& fault) {
     return report(false, name + ": " + fault.what());
   }
-  compare(name, "out", c, got.out, expected.out), compare(name, "lse", c, got.lse, expected.lse);
+  check("dq", &Call::dq), check("dk", &Call::dk), check("dv", &Call::dv);
+  // Sums over queries, each rounded on its own, of what scores are made of.
+  const double queries = std::sqrt(double(c.B * c.Sq));
+  check("dbias", &Call::dbias, std::strchr(c.bias, 'i') ? 1 : queries);
+  check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
+  check("dscales", &Call::dscales, queries * double(c.D));
+  check("dslopes", &Call::dslopes, queries * double(c.Sk));
 }
 
 // ---- cases ----------------------------------------------------------------------------------------------------------
@@ -205,37 +229,44 @@ Case random_case(DType dtype) {
   return c;
 }
 
+std::string wanted;  // stages whose names hold this
+
 template <class F>
-void stage(const char* name, F f) {
+void stage(const std::string& name, F f) {
+  if (name.find(wanted) == std::string::npos) return;
   const auto start = std::chrono::steady_clock::now();
   const int before = checks;
   f();
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  std::printf("%-20s %5d checks %7.1f s\n", name, checks - before, seconds.count());
+  std::printf("%-24s %5d checks %7.1f s\n", name.c_str(), checks - before, seconds.count());
 }
 
 }  // namespace
 
-int main() {
+// An argument runs only the stages whose names hold it.
+int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (count > 1) wanted = arguments[1];
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   for (DType dtype : {DType::bf16, DType::f16}) {
-    stage("shapes", [&] { test_shapes(dtype); });
-    stage("offsets", [&] { test_offsets(dtype); });
-    stage("features", [&] { test_features(dtype); });
-    stage("random", [&] {
+    const std::string of = std::string(" ") + names[int(dtype)];
+    stage("shapes" + of, [&] { test_shapes(dtype); });
+    stage("offsets" + of, [&] { test_offsets(dtype); });
+    stage("features" + of, [&] { test_features(dtype); });
+    stage("random" + of, [&] {
       for (int n = 0; n < 150; ++n) test(random_case(dtype));
     });
   }
   const emulator::Statistics& s = machine().statistics;
   report(s.loads.wavefronts == s.loads.least && s.stores.wavefronts == s.stores.least, "bank conflicts");
-  for (const auto& [name, count] : s.instructions)
-    std::printf("%s %lld, ", name.c_str(), static_cast<long long>(count));
+  for (const auto& [name, instructions] : s.instructions)
+    std::printf("%s %lld, ", name.c_str(), static_cast<long long>(instructions));
   std::printf("shared memory wavefronts %lld of %lld at least\n",
               static_cast<long long>(s.loads.wavefronts + s.stores.wavefronts),
               static_cast<long long>(s.loads.least + s.stores.least));
   for (DType dtype : {DType::f32, DType::f64})
-    stage("row by row", [&] {
-      for (int n = 0; n < 150; ++n) test(random_case(dtype));
+    stage(std::string("row by row ") + names[int(dtype)], [&] {
+      for (int n = 0; n < 100; ++n) test(random_case(dtype));
     });
   std::printf("%d passed, %d failed\n", checks - failures, failures);
   return failures != 0;

@@ -16,7 +16,7 @@ struct Launch {
 };
 
 struct Plan {
-  Launch launches[8];
+  Launch launches[12];
   int launch_count = 0;
   size_t workspace_bytes = 0;  // Problem::workspace, 256-byte aligned
 

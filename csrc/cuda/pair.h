@@ -58,9 +58,10 @@ struct HeadScores {
   }
   HEEDFUL_DEVICE int64_t distance(int i, int j) const { return j - start - i; }
 
-  // The score of a pair that no mask forbids; -inf where a bias does.
-  HEEDFUL_DEVICE C score(int i, int j, C similarity) const {
+  // The score of a pair that no mask forbids; -inf where a bias does. slope: the softcap's derivative.
+  HEEDFUL_DEVICE C score(int i, int j, C similarity, C* slope = nullptr) const {
     C s = similarity * factor();
+    if (slope) *slope = p.softcap != 0 ? soft_cap_slope(s, C(1 / C(p.softcap))) : C(1);
     if (p.softcap != 0) s = soft_cap(s, C(p.softcap), C(1 / C(p.softcap)));
     if (p.bias.data) s = add_bias(s, bias(i, j), -kInfinity<C>);
     if (has_distances(p)) s = add_bias(s, distances().value(distance(i, j)), -kInfinity<C>);

@@ -152,6 +152,16 @@ HEEDFUL_DEVICE void store_shared<uint32_t>(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 template <>
+HEEDFUL_DEVICE double load_shared<double>(uint32_t address) {
+  double x;
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address) : "memory");
+  return x;
+}
+template <>
+HEEDFUL_DEVICE void store_shared<double>(uint32_t address, double x) {
+  asm volatile("st.shared.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
+}
+template <>
 HEEDFUL_DEVICE uint16_t load_shared<uint16_t>(uint32_t address) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
