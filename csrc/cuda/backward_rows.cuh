@@ -134,9 +134,10 @@ HEEDFUL_DEVICE void gradient_of_query(const Problem& p, const Band& band, int b,
   }
 }
 
-// dk and dv of key j, over the heads that share it, in order.
+// dk and dv of key j, or one of them, over the heads that share it, in order.
 template <class S>
-HEEDFUL_DEVICE void gradients_of_key(const Problem& p, const Band& band, int b, int hk, int j) {
+HEEDFUL_DEVICE void gradients_of_key(const Problem& p, const Band& band, int b, int hk, int j, bool want_dk = true,
+                                     bool want_dv = true) {
   using C = Compute<S>;
   const Span span(band);
   const int lane = thread_index() % 32, group = int(p.Hq / p.Hk);
@@ -159,9 +160,10 @@ HEEDFUL_DEVICE void gradients_of_key(const Problem& p, const Band& band, int b, 
       }
     }
     const S* k = row_of<const S>(p.k, band.batch, hk, band.k_row + j);
-    store_gradient(row_of<S>(p.dk, band.batch, hk, band.k_row + j), dk, sum_of_warp(own), k, p.k.stride[3], column0,
-                   p.D);
-    store_gradient(row_of<S>(p.dv, band.batch, hk, band.k_row + j), dv, C(0), k, 0, column0, p.Dv);
+    own = sum_of_warp(own);
+    if (want_dk)
+      store_gradient(row_of<S>(p.dk, band.batch, hk, band.k_row + j), dk, own, k, p.k.stride[3], column0, p.D);
+    if (want_dv) store_gradient(row_of<S>(p.dv, band.batch, hk, band.k_row + j), dv, C(0), k, 0, column0, p.Dv);
   }
 }
 

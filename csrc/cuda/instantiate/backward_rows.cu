@@ -3,14 +3,12 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-template <class S>
-void plan_backward_simple(const Problem& p, cuda::Plan* plan) {
-  plan_backward_rows<S>(p, plan);
-  plan_parameters<S>(p, plan);
-}
-template void plan_backward_simple<float>(const Problem&, cuda::Plan*);
-template void plan_backward_simple<double>(const Problem&, cuda::Plan*);
-template void plan_backward_simple<BFloat16>(const Problem&, cuda::Plan*);
-template void plan_backward_simple<Float16>(const Problem&, cuda::Plan*);
+#define HEEDFUL_PLANS(S)                                              \
+  template void plan_backward_rows<S>(const Problem&, cuda::Plan*); \
+  template void plan_parameters<S>(const Problem&, cuda::Plan*)
+HEEDFUL_PLANS(float);
+HEEDFUL_PLANS(double);
+HEEDFUL_PLANS(BFloat16);
+HEEDFUL_PLANS(Float16);
 
 }  // namespace heedful::HEEDFUL_TARGET

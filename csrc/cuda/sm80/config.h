@@ -41,4 +41,29 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= 99 * 1024);                                  // what sm_86 and sm_89 have
 };
 
+// Backward: whose gradients a block has.
+enum class Side { queries, keys, keys_alone, values };  // dQ; dK and dV; dK; dV
+
+// A warp has 16 rows of its side: a lane holds kDim / 2 accumulators, twice as many for dK and dV at once, and what a step
+// of the other side's rows takes twice, for S and dP.
+template <int kDim, bool kGeneral>
+constexpr int kBackwardStep = 16;
+template <>
+constexpr int kBackwardStep<64, false> = 64;
+template <>
+constexpr int kBackwardStep<64, true> = 32;
+template <>
+constexpr int kBackwardStep<128, false> = 32;
+
+template <class StorageType, int kPaddedDim, bool kWithEverything, Side kOfSide>
+struct BackwardConfig {
+  using Storage = StorageType;
+  static constexpr bool kGeneral = kWithEverything;
+  static constexpr Side kSide = kOfSide;
+  static constexpr int kDim = kPaddedDim, kRows = 16, kStep = kBackwardStep<kDim, kGeneral>;
+  static constexpr uint32_t kOwnBytes = kWarps * kRows * kDim * 2, kStepBytes = kStep * kDim * 2;
+  static constexpr uint32_t kSharedBytes = 2 * kOwnBytes + 2 * 2 * kStepBytes;
+  static_assert(kSharedBytes <= 99 * 1024);
+};
+
 }  // namespace heedful::cuda

@@ -196,49 +196,22 @@ struct Forward {
       }
 #pragma unroll
     for (int n = 16; n; n /= 2) spoilt |= shuffle_xor(spoilt, n);
-    store_rows(lse, spoilt);
-    // NOTE: an absent pair has a weight of 0, which lets infinite and NaN values through. They show in the result and
-    // are rare: only such rows are done again, pair by pair.
-#pragma unroll 1
-    for (int n = 0; n < kRows; ++n)
-      if (spoilt >> n & 1 && row0 + n < own_rows) attend_row(head(), band(), span, row0 + n);
-  }
-
-  // By way of the warp's part of the tile of Q, so that whole rows go out; but for those to skip.
-  HEEDFUL_DEVICE void store_rows(const float (&lse)[kM][2], uint32_t skip) const {
-    const uint32_t tile = queries + uint32_t(row0 - task.row0) * kPitch<kDim>;
     const Band rows = band();
-    float* to_lse = static_cast<float*>(p.lse) + query_index(p, rows, task.h) + row0;
-    sync_warp();
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = 16 * m + 8 * r + fragment_row(lane);
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          store_shared(tile + uint32_t(at) * kPitch<kDim> + uint32_t(n ^ (at & 7)) * 16 + uint32_t(lane % 4) * 4,
-                       pack<S>(out[m][n][2 * r], out[m][n][2 * r + 1]));
-        if (lane % 4 == 0 && row0 + at < own_rows && !(skip >> at & 1)) store_global(to_lse + at, lse[m][r]);
+        if (lane % 4 == 0 && row0 + at < own_rows && !(spoilt >> at & 1))
+          store_global(static_cast<float*>(p.lse) + query_index(p, rows, task.h) + row0 + at, lse[m][r]);
       }
-    sync_warp();
-    const bool aligned = is_aligned(p.out);
-    S* to = row_of<S>(p.out, rows.batch, task.h, rows.q_row + row0);
-#pragma unroll 2
-    for (int n = lane; n < kRows * kColumns; n += 32) {
-      const int at = n / kColumns, chunk = n % kColumns;
-      if (row0 + at >= own_rows || skip >> at & 1) continue;
-      const uint4 x = load_shared<uint4>(tile + uint32_t(at) * kPitch<kDim> + uint32_t(chunk ^ (at & 7)) * 16);
-      S* const y = to + at * p.out.stride[2] + chunk * 8;
-      if (aligned && chunk * 8 + 8 <= int(p.Dv)) {
-        store_global(reinterpret_cast<uint4*>(y), x);
-      } else {
-        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-          if (chunk * 8 + c < int(p.Dv)) store_global(y + c, S{uint16_t(words[c / 2] >> (16 * (c % 2)))});
-      }
-    }
+    store_rows<S, kDim>(out, queries + uint32_t(row0 - task.row0) * kPitch<kDim>, p.out,
+                        row_of<S>(p.out, rows.batch, task.h, rows.q_row + row0), own_rows - row0, p.Dv, spoilt);
+    // NOTE: an absent pair has a weight of 0, which lets infinite and NaN values through. They show in the result and
+    // are rare: only such rows are done again, pair by pair.
+#pragma unroll 1
+    for (int n = 0; n < kRows; ++n)
+      if (spoilt >> n & 1 && row0 + n < own_rows) attend_row(head(), band(), span, row0 + n);
   }
 
   // ---- hard attention
@@ -295,13 +268,6 @@ template <class Config>
 HEEDFUL_KERNEL(kThreads, 2)
 void forward(HEEDFUL_PARAMETER Problem p) {
   Forward<Config>(p).run();
-}
-
-// Whether the plain variant computes all of it.
-inline bool is_plain(const Problem& p) {
-  return p.scale > 1e-20 && !p.scales.data && p.similarity == Similarity::dot && p.normalizer == Normalizer::softmax &&
-         p.softcap == 0 && !p.bias.data && !has_distances(p) && !p.mask.data && !p.tiles.data && !p.sinks.data &&
-         !has_dropout(p) && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v);
 }
 
 template <class S, int kDim>

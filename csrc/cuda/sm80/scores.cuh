@@ -38,10 +38,11 @@ HEEDFUL_DEVICE void mask_band(const Span& span, float (&s)[kM][kN][4], const Cor
 }
 
 // Products become scores, but for the band. `tile` is what the block mask has for all of these pairs. Pairs outside of
-// the sequence read the numbers of its last query or key: nobody counts them.
+// the sequence read the numbers of its last query or key: nobody counts them. `scaled`: what the softcap found.
 template <bool kTransposed, class S, int kM, int kN>
 HEEDFUL_DEVICE void apply_scores(const HeadScores<S>& head, const Band& band, const Span& span, int32_t tile,
-                                 float (&s)[kM][kN][4], const Corner& corner) {
+                                 float (&s)[kM][kN][4], const Corner& corner,
+                                 float (*scaled)[kM][kN][4] = nullptr) {
   const Problem& p = head.p;
   const auto each = [&](auto f) {
     for_each_pair<kTransposed>(
@@ -58,6 +59,10 @@ HEEDFUL_DEVICE void apply_scores(const HeadScores<S>& head, const Band& band, co
   }
   const float factor = head.factor();
   each([&](float x, int, int) { return x * factor; });
+  if (scaled) {
+#pragma unroll
+    for (int n = 0; n < kM * kN * 4; ++n) (*scaled)[n / 4 / kN][n / 4 % kN][n % 4] = s[n / 4 / kN][n / 4 % kN][n % 4];
+  }
   if (p.softcap != 0) {
     const float cap = float(p.softcap), inverse = 1 / cap;
     each([&](float x, int, int) { return soft_cap(x, cap, inverse); });
@@ -103,6 +108,18 @@ HEEDFUL_DEVICE void drop(const HeadScores<S>& head, float (&s)[kM][kN][4], int q
           keep(word >> 16, s[m][n + x][2 * r + 1]);
         }
       }
+}
+
+// z: dropout's factors.
+template <bool kTransposed, class S, int kM, int kN>
+HEEDFUL_DEVICE void keep(const HeadScores<S>& head, float (&z)[kM][kN][4], const Corner& corner, int first_key) {
+  if constexpr (kTransposed) {
+    for_each_pair<true>(z, corner, [&](float& x, int i, int j) { x = head.keep(i, j); });
+  } else {
+    const float kept = float(kept_weight(head.p));
+    for_each_pair<false>(z, corner, [&](float& x, int, int) { x = kept; });
+    drop(head, z, corner.query, first_key);
+  }
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

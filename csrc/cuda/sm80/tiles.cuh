@@ -4,7 +4,7 @@
 // that ldmatrix takes at once, and the eight chunks that copies write at once, are in different banks.
 #pragma once
 
-#include "../span.h"
+#include "../pair.h"
 #include "config.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -18,6 +18,13 @@ constexpr uint32_t kPitch = kDim * 2;
 HEEDFUL_FN bool is_aligned(const View& x) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride[3] == 1 && x.stride[0] % 8 == 0 &&
          x.stride[1] % 8 == 0 && x.stride[2] % 8 == 0;
+}
+
+// Whether plain kernels compute all of it.
+HEEDFUL_FN bool is_plain(const Problem& p) {
+  return p.scale > 1e-20 && !p.scales.data && p.similarity == Similarity::dot && p.normalizer == Normalizer::softmax &&
+         p.softcap == 0 && !p.bias.data && !has_distances(p) && !p.mask.data && !p.tiles.data && !p.sinks.data &&
+         !has_dropout(p) && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v);
 }
 
 // Takes rows of a matrix to tiles of kDim columns, zeros where there are none. Each thread copies one chunk of every
@@ -126,6 +133,43 @@ HEEDFUL_DEVICE void multiply(float (&c)[kM][kDim / 8][4], const float (&a)[kM][k
         mma<S>(c[m][n], rows[m], columns[0], columns[1]);
         mma<S>(c[m][n + 1], rows[m], columns[2], columns[3]);
       }
+    }
+  }
+}
+
+// Stores a warp's results as rows of `view` from `to` on, of which `rows` exist, but for those whose bits are set in `skip`.
+// They go by way of `tile`, rows of a tile in shared memory that nobody reads any more, so that whole rows go out.
+template <class S, int kDim, int kM>
+HEEDFUL_DEVICE void store_rows(const float (&x)[kM][kDim / 8][4], uint32_t tile, const View& view, S* to, int rows,
+                               int64_t dim, uint32_t skip) {
+  constexpr int kChunks = kDim / 8;
+  const int lane = thread_index() % 32;
+  sync_warp();
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = 16 * m + 8 * r + lane / 4;
+#pragma unroll
+      for (int n = 0; n < kChunks; ++n)
+        store_shared(tile + uint32_t(at) * kPitch<kDim> + uint32_t(n ^ (at & 7)) * 16 + uint32_t(lane % 4) * 4,
+                     pack<S>(x[m][n][2 * r], x[m][n][2 * r + 1]));
+    }
+  sync_warp();
+  const bool aligned = is_aligned(view);
+#pragma unroll 2
+  for (int n = lane; n < 16 * kM * kChunks; n += 32) {
+    const int at = n / kChunks, chunk = n % kChunks;
+    if (at >= rows || skip >> at & 1) continue;
+    const uint4 words = load_shared<uint4>(tile + uint32_t(at) * kPitch<kDim> + uint32_t(chunk ^ (at & 7)) * 16);
+    S* const y = to + at * view.stride[2] + chunk * 8;
+    if (aligned && chunk * 8 + 8 <= int(dim)) {
+      store_global(reinterpret_cast<uint4*>(y), words);
+    } else {
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        if (chunk * 8 + c < int(dim)) store_global(y + c, S{uint16_t(pairs[c / 2] >> (16 * (c % 2)))});
     }
   }
 }
