@@ -142,7 +142,14 @@ def compiled(source: Path, arch: str, directory: Path, shared: dict[str, int]) -
         if problems:
             raise SystemExit(f"{source.name}, {arch}: {name}: {', '.join(problems)}")
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        yield Kernel(arch, name, registers, shared.get(re.sub(', (queries|keys|keys_alone|values)(?=,)', '', name), 0), len(instructions), hmma)
+        yield Kernel(
+            arch,
+            name,
+            registers,
+            shared.get(re.sub(", (queries|keys|keys_alone|values)(?=,)", "", name), 0),
+            len(instructions),
+            hmma,
+        )
 
 
 def page(jobs: int) -> str:
@@ -155,10 +162,14 @@ def page(jobs: int) -> str:
         kernels = {(k.name, k.arch): k for ks in found for k in ks}
         list(pool.map(lambda source: to_ptx(source, directory), SOURCES))
     lines = [
-        "| kernel | shared memory | " + " | ".join(f"{a}: registers, blocks, instructions, HMMA" for a in CUBINS) + " |",
+        "| kernel | shared memory | "
+        + " | ".join(f"{a}: registers, blocks, instructions, HMMA" for a in CUBINS)
+        + " |",
         "|---|---|" + "---|" * len(CUBINS),
     ]
-    for name in sorted({n for n, _ in kernels}, key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)]):
+    for name in sorted(
+        {n for n, _ in kernels}, key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)]
+    ):
         of = [kernels[name, arch] for arch in CUBINS]
         tiled = of[0].shared > 0
         cells = [f"{k.registers}, {k.blocks if tiled else '-'}, {k.instructions}, {k.hmma or '-'}" for k in of]

@@ -75,32 +75,36 @@ void compare(const std::string& name, const char* what, const Case& c, const Arr
          name + ": " + what + " is off by " + std::to_string(error) + " of " + std::to_string(size));
 }
 
-void test(const Case& c) {
+void run(Call& call, void (*plan_of)(const Problem&, cuda::Plan*), bool backward, std::string* name) {
+  Problem p = call.problem();
+  cuda::Plan plan;
+  plan_of(p, &plan);
+  *name = plan.launch_count ? plan.launches[plan.launch_count - 1].name : "no kernel";
+  run(plan, p, call, backward);
+}
+
+void set_timing() {
   static uint64_t seed = 0;
   machine().seed = ++seed;
   machine().order = Order(seed % 3);
+}
+
+void test(const Case& c) {
+  set_timing();
   const Call call(c);
-  Call expected = call.in_float64();
+  Call expected = call.in_float64(), got = call;
   define(expected.problem());
-  Call got = call;
   std::string name;
-  const auto run_all = [&](auto plan_of, bool backward) {
-    Problem p = got.problem();
-    cuda::Plan plan;
-    plan_of(p, &plan);
-    name = std::string(plan.launch_count ? plan.launches[plan.launch_count - 1].name : "no kernel") + ", seed " +
-           std::to_string(seed) + ": " + describe(c);
-    run(plan, p, got, backward);
-  };
+  const auto text = [&] { return name + ", seed " + std::to_string(machine().seed) + ": " + describe(c); };
   const auto check = [&](const char* what, Array Call::* result, double size = 1) {
-    compare(name, what, c, got.*result, expected.*result, size);
+    compare(text(), what, c, got.*result, expected.*result, size);
   };
   try {
-    run_all(&emulated::plan_forward, false);
+    run(got, &emulated::plan_forward, false, &name);
     check("out", &Call::out), check("lse", &Call::lse);
-    run_all(&emulated::plan_backward, true);
+    run(got, &emulated::plan_backward, true, &name);
   } catch (const Fault& fault) {
-    return report(false, name + ": " + fault.what());
+    return report(false, text() + ": " + fault.what());
   }
   check("dq", &Call::dq), check("dk", &Call::dk), check("dv", &Call::dv);
   // Sums over queries, each rounded on its own, of what scores are made of.
@@ -111,7 +115,27 @@ void test(const Case& c) {
   check("dslopes", &Call::dslopes, queries * double(c.Sk));
 }
 
+// Whatever the timing, the bits are the same.
+void test_same_bits(const Case& c) {
+  const Call call(c);
+  std::vector<std::vector<unsigned char>> first;
+  for (int n = 0; n < 3; ++n) {
+    set_timing();
+    Call got = call;
+    std::string name;
+    run(got, &emulated::plan_forward, false, &name), run(got, &emulated::plan_backward, true, &name);
+    std::vector<std::vector<unsigned char>> all;
+    for (Array* x : {&got.out, &got.lse, &got.dq, &got.dk, &got.dv, &got.dbias, &got.dscales, &got.dsinks, &got.dslopes,
+                     &got.dtable})
+      all.push_back(x->bytes);
+    if (n == 0) first = all;
+    report(all == first, "other bits at another timing: " + describe(c));
+  }
+}
+
 // ---- cases ----------------------------------------------------------------------------------------------------------
+
+DType half_type(int n) { return n % 2 ? DType::f16 : DType::bf16; }
 
 Case square(DType dtype, int64_t S, int64_t D) {
   return {.dtype = dtype, .B = 2, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D, .scale = 1 / std::sqrt(double(D))};
@@ -119,12 +143,13 @@ Case square(DType dtype, int64_t S, int64_t D) {
 
 // Sizes around the edges of warps' rows, tiles and padded head dims. With heads inside rows of 8 n - 3 numbers, rows
 // are aligned and their last chunk is not whole.
-void test_shapes(DType dtype) {
+void test_shapes() {
+  int n = 0;
   constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {1, 3}, {128, 72}, {100, 100}, {16, 136}, {256, 256}, {250, 33}};
   for (const auto& [D, Dv] : kDims)
     for (int64_t S : {1, 16, 63, 65, 130}) {
       if (D + Dv > 256 && S > 65) continue;
-      Case full = square(dtype, S, D), causal = full, ragged = full;
+      Case full = square(half_type(n++), S, D), causal = full, ragged = full;
       full.B = 1, full.Dv = Dv;
       causal.Dv = Dv, causal.Hk = 2, causal.right = 0, causal.B = 1;
       ragged.D = D / 8 * 8 + 5, ragged.Dv = Dv / 8 * 8 + 5, ragged.layout = Layout::heads_inside;
@@ -133,19 +158,19 @@ void test_shapes(DType dtype) {
     }
   // Nothing to do.
   for (auto size : {&Case::B, &Case::Sq, &Case::Sk}) {
-    Case c = square(dtype, 4, 64);
+    Case c = square(half_type(n++), 4, 64);
     c.*size = 0, c.dropout_batch = 1;
     test(c);
   }
 }
 
 // Offsets of the first query and lengths, where bounds of blocks and tiles that are off by one show.
-void test_offsets(DType dtype) {
-  int64_t n = 0;
+void test_offsets() {
+  int n = 0;
   for (int64_t start = -135; start <= 200; start += start > -5 && start < 5 ? 1 : 9)
     for (int64_t left : {kUnbounded, int64_t{0}, int64_t{50}})
       for (int64_t right : {int64_t{0}, int64_t{17}}) {
-        Case c{.dtype = dtype, .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64, .scale = 0.125};
+        Case c{.dtype = half_type(n / 2), .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64, .scale = 0.125};
         c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
         if (n++ % 4 == 0) c.bias = "hij";
         test(c);
@@ -153,8 +178,8 @@ void test_offsets(DType dtype) {
 }
 
 // Every feature on its own, and some together.
-void test_features(DType dtype) {
-  for (int64_t D : {64, 5}) {
+void test_features() {
+  for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 5}}) {
     Case plain = square(dtype, 67, D);
     plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = 70, plain.start = 3;
     std::vector<Case> cases;
@@ -248,15 +273,17 @@ int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   if (count > 1) wanted = arguments[1];
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
-  for (DType dtype : {DType::bf16, DType::f16}) {
-    const std::string of = std::string(" ") + names[int(dtype)];
-    stage("shapes" + of, [&] { test_shapes(dtype); });
-    stage("offsets" + of, [&] { test_offsets(dtype); });
-    stage("features" + of, [&] { test_features(dtype); });
-    stage("random" + of, [&] {
-      for (int n = 0; n < 150; ++n) test(random_case(dtype));
+  stage("shapes", test_shapes);
+  stage("offsets", test_offsets);
+  stage("features", test_features);
+  stage("same bits", [] {
+    for (DType dtype : {DType::bf16, DType::f16, DType::f32})
+      for (int n = 0; n < 4; ++n) test_same_bits(random_case(dtype));
+  });
+  for (DType dtype : {DType::bf16, DType::f16})
+    stage(std::string("random ") + names[int(dtype)], [&] {
+      for (int n = 0; n < 100; ++n) test(random_case(dtype));
     });
-  }
   const emulator::Statistics& s = machine().statistics;
   report(s.loads.wavefronts == s.loads.least && s.stores.wavefronts == s.stores.least, "bank conflicts");
   for (const auto& [name, instructions] : s.instructions)

@@ -3,7 +3,7 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-#define HEEDFUL_PLANS(S)                                              \
+#define HEEDFUL_PLANS(S)                                            \
   template void plan_backward_rows<S>(const Problem&, cuda::Plan*); \
   template void plan_parameters<S>(const Problem&, cuda::Plan*)
 HEEDFUL_PLANS(float);

@@ -1,5 +1,5 @@
-// Attention backward of float16 and bfloat16 by mma.sync. A block of four warps has 64 rows of one side, queries or keys,
-// whose gradients stay in its registers, and goes over tiles of the other side's rows:
+// Attention backward of float16 and bfloat16 by mma.sync. A block of four warps has 64 rows of one side, queries or
+// keys, whose gradients stay in its registers, and goes over tiles of the other side's rows:
 //
 //   queries    S = Q K^T     dP = dO V^T                     dQ += dS K
 //   keys       S^T = K Q^T   dP^T = V dO^T   dV += P^T dO    dK += dS^T Q
@@ -18,7 +18,7 @@ template <class Config>
 struct Backward {
   using S = typename Config::Storage;
   static constexpr bool kGeneral = Config::kGeneral, kOfKeys = Config::kSide != Side::queries;
-  static constexpr bool kFirst = Config::kSide != Side::values;  // dQ or dK
+  static constexpr bool kFirst = Config::kSide != Side::values;                                  // dQ or dK
   static constexpr bool kSecond = Config::kSide == Side::keys || Config::kSide == Side::values;  // dV
   static constexpr int kDim = Config::kDim, kRows = Config::kRows, kStep = Config::kStep;
   static constexpr int kN = kStep / 8, kColumns = kDim / 8;
@@ -27,12 +27,12 @@ struct Backward {
   const Problem& p;
   const Task task;
   const Span span;
-  const int own_rows, end;    // rows of this side in memory; those that exist
-  const int lane, row0;       // the warp's first row
-  const uint32_t tile0, tile1;  // this side's: Q and dO, or K and V
+  const int own_rows, end;                   // rows of this side in memory; those that exist
+  const int lane, row0;                      // the warp's first row
+  const uint32_t tile0, tile1;               // this side's: Q and dO, or K and V
   float sum0[1][kFirst ? kColumns : 1][4];   // dQ or dK
   float sum1[1][kSecond ? kColumns : 1][4];  // dV
-  float own[2];                                                // what a row loses of itself (similarity.h)
+  float own[2];                              // what a row loses of itself (similarity.h)
   float lse[kNumbers], delta[kNumbers];
 
   HEEDFUL_DEVICE explicit Backward(const Problem& problem)
@@ -127,7 +127,8 @@ struct Backward {
     load_step(0, step);
     commit_copies();
     const int warp_last = least(row0 + kRows, end) - 1;
-    const int warp_first = warp_last < row0 ? last : first_of(row0), warp_end = warp_last < row0 ? 0 : end_of(warp_last);
+    const int warp_first = warp_last < row0 ? last : first_of(row0),
+              warp_end = warp_last < row0 ? 0 : end_of(warp_last);
     if constexpr (!kOfKeys) load_numbers(task.h, row0 + fragment_row(lane));
     for (int n = 0; step.h < end_head; n ^= 1) {
       const Step next = visit({step.h, step.at + kStep}, first, last, end_head);
@@ -199,7 +200,7 @@ struct Backward {
     float t[1][kN][4];
     apply_scores<kOfKeys>(head, band(), span, tile_of(step), s, corner, &t);
     if (!covered) mask_band<kOfKeys>(span, s, corner);
-// ds = p (z dp - delta); what is absent is 0 whatever its numbers are.
+    // ds = p (z dp - delta); what is absent is 0 whatever its numbers are.
     float z[1][kN][4];
     const bool drops = has_dropout(p);
     if (drops) keep<kOfKeys>(head, z, corner, step.at);
@@ -232,13 +233,14 @@ struct Backward {
     // The other side's norms, and what the rows lose of themselves.
     const bool cosine = p.similarity == Similarity::cosine;
     const Band rows = band();
-    const float* norms = kOfKeys ? Norms(p).q + query_index(p, rows, step.h) : Norms(p).k + key_index(p, rows, kv_head());
+    const float* norms =
+        kOfKeys ? Norms(p).q + query_index(p, rows, step.h) : Norms(p).k + key_index(p, rows, kv_head());
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int other = least(step.at + fragment_column(lane) + 8 * n + e % 2,
-                                (kOfKeys ? span.queries : span.keys) - 1);
+        const int other =
+            least(step.at + fragment_column(lane) + 8 * n + e % 2, (kOfKeys ? span.queries : span.keys) - 1);
         own[e / 2] += cosine ? dp[0][n][e] * t[0][n][e] : dp[0][n][e];
         if (cosine) dp[0][n][e] = dp[0][n][e] == 0 ? 0 : dp[0][n][e] * load_global(norms + other);
       }
@@ -276,7 +278,7 @@ struct Backward {
       if constexpr (kFirst) {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
-          float(&x)[4] = sum0[0][n];
+          float (&x)[4] = sum0[0][n];
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; ++e) x[e] = x[e] == 0 ? 0 : x[e] * factor;
           if (kGeneral && own_part != 0) {
@@ -297,7 +299,8 @@ struct Backward {
 #pragma unroll
     for (int n = 16; n; n /= 2) spoilt |= shuffle_xor(spoilt, n);
     const auto store = [&](const auto& sum, uint32_t tile, const View& view, int64_t dim) {
-      store_rows<S, kDim>(sum, tile + part, view, row_of<S>(view, rows.batch, task.h, row), own_rows - row0, dim, spoilt);
+      store_rows<S, kDim>(sum, tile + part, view, row_of<S>(view, rows.batch, task.h, row), own_rows - row0, dim,
+                          spoilt);
     };
     if constexpr (kFirst) store(sum0, tile0, kOfKeys ? p.dk : p.dq, p.D);
     if constexpr (kSecond) store(sum1, tile1, p.dv, p.Dv);
@@ -324,8 +327,9 @@ void plan_backward_of(const Problem& p, cuda::Plan* plan) {
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
     const bool of_keys = Config::kSide != Side::queries;
-    plan->add({&HEEDFUL_TARGET::backward<Config>, task_count(p.B, of_keys ? p.Sk : p.Sq, of_keys ? p.Hk : p.Hq, kWarps * Config::kRows),
-               kThreads, Config::kSharedBytes, name});
+    plan->add({&HEEDFUL_TARGET::backward<Config>,
+               task_count(p.B, of_keys ? p.Sk : p.Sq, of_keys ? p.Hk : p.Hq, kWarps * Config::kRows), kThreads,
+               Config::kSharedBytes, name});
   };
   const auto add_all = [&]<bool kGeneral>(const char* name) {
     add(BackwardConfig<S, kDim, kGeneral, Side::queries>(), name);

@@ -44,8 +44,8 @@ struct ForwardConfig {
 // Backward: whose gradients a block has.
 enum class Side { queries, keys, keys_alone, values };  // dQ; dK and dV; dK; dV
 
-// A warp has 16 rows of its side: a lane holds kDim / 2 accumulators, twice as many for dK and dV at once, and what a step
-// of the other side's rows takes twice, for S and dP.
+// A warp has 16 rows of its side: a lane holds kDim / 2 accumulators, twice as many for dK and dV at once, and what a
+// step of the other side's rows takes twice, for S and dP.
 template <int kDim, bool kGeneral>
 constexpr int kBackwardStep = 16;
 template <>

@@ -41,8 +41,7 @@ HEEDFUL_DEVICE void mask_band(const Span& span, float (&s)[kM][kN][4], const Cor
 // the sequence read the numbers of its last query or key: nobody counts them. `scaled`: what the softcap found.
 template <bool kTransposed, class S, int kM, int kN>
 HEEDFUL_DEVICE void apply_scores(const HeadScores<S>& head, const Band& band, const Span& span, int32_t tile,
-                                 float (&s)[kM][kN][4], const Corner& corner,
-                                 float (*scaled)[kM][kN][4] = nullptr) {
+                                 float (&s)[kM][kN][4], const Corner& corner, float (*scaled)[kM][kN][4] = nullptr) {
   const Problem& p = head.p;
   const auto each = [&](auto f) {
     for_each_pair<kTransposed>(

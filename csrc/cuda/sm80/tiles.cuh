@@ -137,8 +137,9 @@ HEEDFUL_DEVICE void multiply(float (&c)[kM][kDim / 8][4], const float (&a)[kM][k
   }
 }
 
-// Stores a warp's results as rows of `view` from `to` on, of which `rows` exist, but for those whose bits are set in `skip`.
-// They go by way of `tile`, rows of a tile in shared memory that nobody reads any more, so that whole rows go out.
+// Stores a warp's results as rows of `view` from `to` on, of which `rows` exist, but for those whose bits are set in
+// `skip`. They go by way of `tile`, rows of a tile in shared memory that nobody reads any more, so that whole rows go
+// out.
 template <class S, int kDim, int kM>
 HEEDFUL_DEVICE void store_rows(const float (&x)[kM][kDim / 8][4], uint32_t tile, const View& view, S* to, int rows,
                                int64_t dim, uint32_t skip) {
