@@ -160,7 +160,7 @@ HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Ban
   for (int64_t x = 0; x < end; x += kLanes<C>) {
     const Vec<Int<C>> rising = iota<Int<C>>() + Int<C>(x);
     const Vec<Int<C>> distance = Int<C>(first) + (in_lanes == InLanes::keys ? rising : -rising);
-    store(to + x, bias.value(__builtin_convertvector(distance < 0 ? -distance : distance, Vec<C>)));
+    store(to + x, bias.value_of_slope(__builtin_convertvector(distance < 0 ? -distance : distance, Vec<C>)));
   }
 }
 

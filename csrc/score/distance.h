@@ -37,9 +37,9 @@ struct DistanceBias {
     const C far = C(distance < 0 ? -distance : distance);
     return (table ? table[bucket(distance) * stride] : C(0)) - (slope == C(0) ? C(0) : slope * far);
   }
-  // Without a table, of |distance|.
+  // Without a table, of any lanes of |distance|.
   template <class Far>
-  HEEDFUL_FN Far value(Far far) const {
+  HEEDFUL_FN Far value_of_slope(Far far) const {
     return slope == C(0) ? Far{} : -(slope * far);
   }
   // `ds` is the sum over a diagonal. to_slope is one number, to_table one for each row.

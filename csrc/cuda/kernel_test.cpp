@@ -1,0 +1,300 @@
+// Tests of the CUDA kernels without a GPU, torch or Python: their sources run on the CPU (csrc/emulator), against the
+// definition of attention in double precision, over a sweep of shapes and options.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+
+#include "../cpu/kernel_test_call.h"
+#include "../cpu/kernel_test_definition.h"
+#include "../emulator/block.h"
+#include "plans.h"
+
+namespace {
+
+using namespace heedful;
+using emulator::Fault;
+using emulator::machine;
+using emulator::Order;
+using emulator::Use;
+
+int checks = 0, failures = 0;
+
+void report(bool passed, const std::string& what) {
+  ++checks;
+  if (passed) return;
+  ++failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+// ---- one call -------------------------------------------------------------------------------------------------------
+
+// What the kernels may touch, and how.
+void register_arrays(Call& call, std::vector<unsigned char>& workspace, bool backward) {
+  machine().memory.clear();
+  const auto add = [](const char* name, auto& x, Use use) {
+    machine().memory.add(name, x.data(), x.size() * sizeof(x[0]), use);
+  };
+  add("q", call.q.bytes, Use::read), add("k", call.k.bytes, Use::read), add("v", call.v.bytes, Use::read);
+  add("bias", call.bias.bytes, Use::read), add("mask", call.mask, Use::read), add("bits", call.bits, Use::read);
+  for (auto* x : {&call.scales, &call.sinks, &call.slopes, &call.table}) add("a parameter", x->bytes, Use::read);
+  const Use result = backward ? Use::read : Use::write_once;
+  add("out", call.out.bytes, result), add("lse", call.lse.bytes, result);
+  if (backward) {
+    add("dout", call.dout.bytes, Use::read), add("dlse", call.dlse.bytes, Use::read);
+    for (Array* x :
+         {&call.dq, &call.dk, &call.dv, &call.dbias, &call.dscales, &call.dsinks, &call.dslopes, &call.dtable})
+      add("a gradient", x->bytes, Use::write_once);
+  }
+  add("workspace", workspace, Use::any);
+}
+
+void run(const cuda::Plan& plan, Problem& p, Call& call, bool backward) {
+  std::vector<unsigned char> workspace(plan.workspace_bytes + 256, 0xff);
+  p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
+  register_arrays(call, workspace, backward);
+  for (int n = 0; n < plan.launch_count; ++n) {
+    const cuda::Launch& launch = plan.launches[n];
+    emulator::launch({launch.blocks, launch.threads, launch.shared_bytes}, [&] { launch.kernel(p); });
+  }
+}
+
+// The largest difference, over the largest value expected or `size`, that of what gradients are differences of.
+void compare(const std::string& name, const char* what, const Case& c, const Array& got, const Array& expected,
+             double size = 1) {
+  if (got.bytes.empty()) return;
+  double error = 0;
+  got.for_each([&](const Shape& at) {
+    const double x = got.get(at), y = expected.get(at);
+    if (std::isfinite(x) && std::isfinite(y))
+      error = std::max(error, std::fabs(x - y)), size = std::max(size, std::fabs(y));
+    else if (x != y && !(std::isnan(x) && std::isnan(y)))
+      error = INFINITY;
+  });
+  constexpr double kAllowed[] = {3e-5, 1e-12, 3e-2, 4e-3};  // by DType
+  report(error <= kAllowed[int(c.dtype)] * size,
+         name + ": " + what + " is off by " + std::to_string(error) + " of " + std::to_string(size));
+}
+
+void run(Call& call, void (*plan_of)(const Problem&, cuda::Plan*), bool backward, std::string* name) {
+  Problem p = call.problem();
+  cuda::Plan plan;
+  plan_of(p, &plan);
+  *name = plan.launch_count ? plan.launches[plan.launch_count - 1].name : "no kernel";
+  run(plan, p, call, backward);
+}
+
+void set_timing() {
+  static uint64_t seed = 0;
+  machine().seed = ++seed;
+  machine().order = Order(seed % 3);
+}
+
+void test(const Case& c) {
+  set_timing();
+  const Call call(c);
+  Call expected = call.in_float64(), got = call;
+  define(expected.problem());
+  std::string name;
+  const auto text = [&] { return name + ", seed " + std::to_string(machine().seed) + ": " + describe(c); };
+  const auto check = [&](const char* what, Array Call::* result, double size = 1) {
+    compare(text(), what, c, got.*result, expected.*result, size);
+  };
+  try {
+    run(got, &emulated::plan_forward, false, &name);
+    check("out", &Call::out), check("lse", &Call::lse);
+    run(got, &emulated::plan_backward, true, &name);
+  } catch (const Fault& fault) {
+    return report(false, text() + ": " + fault.what());
+  }
+  check("dq", &Call::dq), check("dk", &Call::dk), check("dv", &Call::dv);
+  // Sums over queries, each rounded on its own, of what scores are made of.
+  const double queries = std::sqrt(double(c.B * c.Sq));
+  check("dbias", &Call::dbias, std::strchr(c.bias, 'i') ? 1 : queries);
+  check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
+  check("dscales", &Call::dscales, queries * double(c.D));
+  check("dslopes", &Call::dslopes, queries * double(c.Sk));
+}
+
+// Whatever the timing, the bits are the same.
+void test_same_bits(const Case& c) {
+  const Call call(c);
+  std::vector<std::vector<unsigned char>> first;
+  for (int n = 0; n < 3; ++n) {
+    set_timing();
+    Call got = call;
+    std::string name;
+    run(got, &emulated::plan_forward, false, &name), run(got, &emulated::plan_backward, true, &name);
+    std::vector<std::vector<unsigned char>> all;
+    for (Array* x : {&got.out, &got.lse, &got.dq, &got.dk, &got.dv, &got.dbias, &got.dscales, &got.dsinks, &got.dslopes,
+                     &got.dtable})
+      all.push_back(x->bytes);
+    if (n == 0) first = all;
+    report(all == first, "other bits at another timing: " + describe(c));
+  }
+}
+
+// ---- cases ----------------------------------------------------------------------------------------------------------
+
+DType half_type(int n) { return n % 2 ? DType::f16 : DType::bf16; }
+
+Case square(DType dtype, int64_t S, int64_t D) {
+  return {.dtype = dtype, .B = 2, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D, .scale = 1 / std::sqrt(double(D))};
+}
+
+// Sizes around the edges of warps' rows, tiles and padded head dims. With heads inside rows of 8 n - 3 numbers, rows
+// are aligned and their last chunk is not whole.
+void test_shapes() {
+  int n = 0;
+  constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {1, 3}, {128, 72}, {100, 100}, {16, 136}, {256, 256}, {250, 33}};
+  for (const auto& [D, Dv] : kDims)
+    for (int64_t S : {1, 16, 63, 65, 130}) {
+      if (D + Dv > 256 && S > 65) continue;
+      Case full = square(half_type(n++), S, D), causal = full, ragged = full;
+      full.B = 1, full.Dv = Dv;
+      causal.Dv = Dv, causal.Hk = 2, causal.right = 0, causal.B = 1;
+      ragged.D = D / 8 * 8 + 5, ragged.Dv = Dv / 8 * 8 + 5, ragged.layout = Layout::heads_inside;
+      ragged.Sk += 3, ragged.start = 3, ragged.right = 0, ragged.lengths = true;
+      for (const Case& c : {full, causal, ragged}) test(c);
+    }
+  // Nothing to do.
+  for (auto size : {&Case::B, &Case::Sq, &Case::Sk}) {
+    Case c = square(half_type(n++), 4, 64);
+    c.*size = 0, c.dropout_batch = 1;
+    test(c);
+  }
+}
+
+// Offsets of the first query and lengths, where bounds of blocks and tiles that are off by one show.
+void test_offsets() {
+  int n = 0;
+  for (int64_t start = -135; start <= 200; start += start > -5 && start < 5 ? 1 : 9)
+    for (int64_t left : {kUnbounded, int64_t{0}, int64_t{50}})
+      for (int64_t right : {int64_t{0}, int64_t{17}}) {
+        Case c{.dtype = half_type(n / 2), .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64, .scale = 0.125};
+        c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
+        if (n++ % 4 == 0) c.bias = "hij";
+        test(c);
+      }
+}
+
+// Every feature on its own, and some together.
+void test_features() {
+  for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 5}}) {
+    Case plain = square(dtype, 67, D);
+    plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = 70, plain.start = 3;
+    std::vector<Case> cases;
+    const auto add = [&](auto change) {
+      cases.push_back(plain);
+      change(cases.back());
+    };
+    for (double scale : {-0.3, 0.0, 1e-30}) add([&](Case& c) { c.scale = scale; });
+    for (double softcap : {0.5, 30.0}) add([&](Case& c) { c.softcap = softcap; });
+    for (Per per : {Per::head, Per::sequence}) {
+      add([&](Case& c) { c.scales = per; });
+      add([&](Case& c) { c.sinks = per; });
+      add([&](Case& c) { c.slopes = per; });
+      add([&](Case& c) { c.table = per; });
+    }
+    for (Similarity similarity : {Similarity::cosine, Similarity::gaussian}) {
+      add([&](Case& c) { c.similarity = similarity; });
+      add([&](Case& c) { c.similarity = similarity, c.scales = Per::head; });
+    }
+    if (dtype != DType::f16) add([&](Case& c) { c.similarity = Similarity::cosine, c.zero_rows = true; });
+    for (double dropout : {0.3, 1.0}) add([&](Case& c) { c.dropout = dropout; });
+    for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
+    for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
+    for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
+    for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
+    add([&](Case& c) { c.packed = true; });
+    add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
+    add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });
+    add([&](Case& c) { c.layout = Layout::columns; });
+    add([&](Case& c) { c.layout = Layout::heads_inside; });
+    add([&](Case& c) { c.poison = c.lengths = true; });
+    add([&](Case& c) { c.poison = c.lengths = true, c.mask = "ij"; });
+    add([&](Case& c) { c.poison = true, c.bias = "ij"; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.softcap = 30; });
+    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.sinks = Per::head, c.dropout = 0.3; });
+    for (const Case& c : cases) test(c);
+  }
+}
+
+// All features at random.
+Case random_case(DType dtype) {
+  Case c{.dtype = dtype};
+  const auto dims = [](int64_t absent) {
+    constexpr Dims kAll[] = {"bhij", "hij", "ij", "bij", "bi", "j", "hj", "bh"};
+    return one_in(absent) ? kAll[below(8)] : "";
+  };
+  const auto per = [] { return one_in(3) ? Per(between(1, 2)) : Per::none; };
+  const auto bound = [] { return one_in(3) ? between(-2, 80) : kUnbounded; };
+  const bool half = dtype == DType::bf16 || dtype == DType::f16;
+  const int64_t longest = half ? 140 : 40, widest = half && one_in(4) ? 150 : 60;
+  c.B = between(1, 3), c.Hk = between(1, 2), c.Hq = c.Hk * between(1, 2);
+  c.Sq = between(1, one_in(3) ? longest : 40), c.Sk = between(1, one_in(3) ? longest : 40);
+  c.D = between(1, widest), c.Dv = between(1, widest), c.layout = Layout(below(3));
+  c.scale = 1 / std::sqrt(double(c.D));
+  c.packed = one_in(3), c.lengths = one_in(3), c.starts = one_in(3), c.poison = one_in(3);
+  c.start = between(-20, 20), c.left = bound(), c.right = bound();
+  c.mask = dims(4), c.bias = dims(3), c.bias_f32 = one_in(2);
+  constexpr Dims kTiles[] = {"ij", "bij", "hij", "bhij"};
+  if (one_in(3)) c.tiles = kTiles[below(4)];
+  if (c.poison && *c.mask) c.mask = "bhij";
+  c.scales = per(), c.sinks = per(), c.slopes = per(), c.table = per();
+  c.similarity = Similarity(below(3)), c.hard = one_in(5);
+  c.dropout_batch = between(1, c.B);
+  if (one_in(3)) c.dropout = 0.4;
+  if (c.hard) {
+    c.scale = 0.25;
+    if (c.similarity == Similarity::cosine) c.similarity = Similarity::dot;
+  } else if (one_in(3)) {
+    c.softcap = 2;
+  }
+  return c;
+}
+
+std::string wanted;  // stages whose names hold this
+
+template <class F>
+void stage(const std::string& name, F f) {
+  if (name.find(wanted) == std::string::npos) return;
+  const auto start = std::chrono::steady_clock::now();
+  const int before = checks;
+  f();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%-24s %5d checks %7.1f s\n", name.c_str(), checks - before, seconds.count());
+}
+
+}  // namespace
+
+// An argument runs only the stages whose names hold it.
+int main(int count, char** arguments) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (count > 1) wanted = arguments[1];
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  stage("shapes", test_shapes);
+  stage("offsets", test_offsets);
+  stage("features", test_features);
+  stage("same bits", [] {
+    for (DType dtype : {DType::bf16, DType::f16, DType::f32})
+      for (int n = 0; n < 4; ++n) test_same_bits(random_case(dtype));
+  });
+  for (DType dtype : {DType::bf16, DType::f16})
+    stage(std::string("random ") + names[int(dtype)], [&] {
+      for (int n = 0; n < 100; ++n) test(random_case(dtype));
+    });
+  const emulator::Statistics& s = machine().statistics;
+  report(s.loads.wavefronts == s.loads.least && s.stores.wavefronts == s.stores.least, "bank conflicts");
+  for (const auto& [name, instructions] : s.instructions)
+    std::printf("%s %lld, ", name.c_str(), static_cast<long long>(instructions));
+  std::printf("shared memory wavefronts %lld of %lld at least\n",
+              static_cast<long long>(s.loads.wavefronts + s.stores.wavefronts),
+              static_cast<long long>(s.loads.least + s.stores.least));
+  for (DType dtype : {DType::f32, DType::f64})
+    stage(std::string("row by row ") + names[int(dtype)], [&] {
+      for (int n = 0; n < 100; ++n) test(random_case(dtype));
+    });
+  std::printf("%d passed, %d failed\n", checks - failures, failures);
+  return failures != 0;
+}

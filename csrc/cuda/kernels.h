@@ -1,0 +1,33 @@
+// What a CUDA kernel is to the rest: a plan of launches, which follow each other. Every kernel takes the problem alone.
+#pragma once
+
+#include "../problem.h"
+
+namespace heedful::cuda {
+
+using Kernel = void (*)(Problem);
+
+struct Launch {
+  Kernel kernel;
+  int64_t blocks;
+  int threads;
+  uint32_t shared_bytes;
+  const char* name;
+};
+
+struct Plan {
+  Launch launches[12];
+  int launch_count = 0;
+  size_t workspace_bytes = 0;  // Problem::workspace, 256-byte aligned
+
+  void add(const Launch& launch) {
+    if (launch.blocks > 0) launches[launch_count++] = launch;
+  }
+};
+
+// Kernels count rows and keys of a sequence in 32 bits.
+constexpr int64_t kMostRows = int64_t{1} << 30;
+// and the blocks of a launch.
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+
+}  // namespace heedful::cuda

@@ -1,0 +1,53 @@
+#include "plans.h"
+#include "ptx.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// Each is compiled by a file of its own in instantiate/.
+template <int kDim>
+void plan_forward_sm80(const Problem& p, cuda::Plan* plan);
+template <int kDim>
+void plan_backward_sm80(const Problem& p, cuda::Plan* plan);
+template <class S>
+void plan_forward_rows(const Problem& p, cuda::Plan* plan);
+template <class S>
+void plan_backward_rows(const Problem& p, cuda::Plan* plan);
+template <class S>
+void plan_parameters(const Problem& p, cuda::Plan* plan);
+
+namespace {
+
+bool is_half(const Problem& p) { return p.dtype == DType::bf16 || p.dtype == DType::f16; }
+
+// f with a number of the type that q, k and v are of.
+template <class F>
+void by_storage(const Problem& p, F f) {
+  if (p.dtype == DType::f64) return f(double());
+  if (p.dtype == DType::f32) return f(float());
+  return p.dtype == DType::bf16 ? f(BFloat16()) : f(Float16());
+}
+
+}  // namespace
+
+void plan_forward(const Problem& p, cuda::Plan* plan) {
+  const int64_t dim = p.D < p.Dv ? p.Dv : p.D;
+  if (is_half(p) && dim <= 64) return plan_forward_sm80<64>(p, plan);
+  if (is_half(p) && dim <= 128) return plan_forward_sm80<128>(p, plan);
+  if (is_half(p) && dim <= 256) return plan_forward_sm80<256>(p, plan);
+  by_storage(p, [&](auto number) { plan_forward_rows<decltype(number)>(p, plan); });
+}
+
+void plan_backward(const Problem& p, cuda::Plan* plan) {
+  const int64_t dim = p.D < p.Dv ? p.Dv : p.D;
+  if (!is_half(p) || dim > 256 || p.normalizer == Normalizer::hard)
+    by_storage(p, [&](auto number) { plan_backward_rows<decltype(number)>(p, plan); });
+  else if (dim <= 64)
+    plan_backward_sm80<64>(p, plan);
+  else if (dim <= 128)
+    plan_backward_sm80<128>(p, plan);
+  else
+    plan_backward_sm80<256>(p, plan);
+  by_storage(p, [&](auto number) { plan_parameters<decltype(number)>(p, plan); });
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
