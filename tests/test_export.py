@@ -17,6 +17,10 @@ FORWARD = torch.ops.heedful.attention_forward.default
 BATCH, ROWS = Dim("batch", max=64), Dim("rows", max=5000)
 LONG, LONGER = Dim("long", min=65, max=5000), Dim("longer", min=65, max=5000)  # masks built inside need two tiles
 Function = Callable[..., Tensor]
+# Masks built inside an export divide lengths into tiles.
+BUILT_INSIDE = pytest.mark.xfail(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch 2.10 does not simplify its own guards"
+)
 
 
 class Module(torch.nn.Module):
@@ -65,7 +69,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("strict", (False, True), ids=("traced", "strict"))
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=BUILT_INSIDE if n == "union" else ()) for n in FUNCTIONS])
 def test_attention(name: str, strict: bool) -> None:
     module = Module(FUNCTIONS[name])
     shapes = ({0: BATCH, 2: LONG}, {0: BATCH, 2: LONGER}, {0: BATCH, 2: LONGER}, {0: BATCH})
@@ -87,6 +91,7 @@ def test_packed_sequences(strict: bool) -> None:
         assert torch.equal(program.module()(*inputs), module(*inputs))
 
 
+@BUILT_INSIDE
 @pytest.mark.parametrize("strict", (False, True), ids=("traced", "strict"))
 def test_documents(strict: bool) -> None:
     module = Module(lambda m, q, k, v, *ids: heedful.attention(q, k, v, mask=Causal() & Documents(*ids)))

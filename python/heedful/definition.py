@@ -158,7 +158,10 @@ def biases(tensors: Tensors, options: Options, indices: Tensor, k_length: int) -
         reach = len(tensors["buckets"]) // 2
         bucket = tensors["buckets"][distance.clamp(-reach, reach) + reach]
         by_head = (table if table.dim() == 3 else table[None]).mT[:, :, None]  # [B or 1, Hq, 1, buckets]
-        terms.append(by_head.take_along_dim(bucket, 3))
+        batch = bucket.shape[0] if by_head.shape[0] == 1 else by_head.shape[0]
+        lead = batch, by_head.shape[1], bucket.shape[2]
+        # Not take_along_dim, which torch 2.10 cannot differentiate twice at dynamic shapes.
+        terms.append(by_head.expand(*lead, -1).gather(3, bucket.expand(*lead, -1)))
     return terms
 
 
