@@ -148,6 +148,12 @@ HEEDFUL_DEVICE void store_shared<float>(uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 template <>
+HEEDFUL_DEVICE uint32_t load_shared<uint32_t>(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+template <>
 HEEDFUL_DEVICE void store_shared<uint32_t>(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
@@ -160,16 +166,6 @@ HEEDFUL_DEVICE double load_shared<double>(uint32_t address) {
 template <>
 HEEDFUL_DEVICE void store_shared<double>(uint32_t address, double x) {
   asm volatile("st.shared.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
-}
-template <>
-HEEDFUL_DEVICE uint16_t load_shared<uint16_t>(uint32_t address) {
-  uint16_t x;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
-  return x;
-}
-template <>
-HEEDFUL_DEVICE void store_shared<uint16_t>(uint32_t address, uint16_t x) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }
 template <>
 HEEDFUL_DEVICE uint4 load_shared<uint4>(uint32_t address) {
