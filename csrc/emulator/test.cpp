@@ -47,7 +47,7 @@ void test_conversions(const char* name, float smallest) {
     even &= narrow<T>(half).bits == bits + bits % 2;
   }
   report(same && middle && even && widen(T{1}) == smallest, std::string("conversions of ") + name);
-  report(pack<T>(1, 2) == (uint32_t(narrow<T>(1).bits) | uint32_t(narrow<T>(2).bits) << 16), "pack");
+  report(pack<T>(1.0f, 2.0f) == (uint32_t(narrow<T>(1.0f).bits) | uint32_t(narrow<T>(2.0f).bits) << 16), "pack");
 }
 
 // PTX manual, 9.7.14.5.8: rows and columns of the elements ai, bi and ci that a lane holds.
