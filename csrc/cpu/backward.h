@@ -202,7 +202,7 @@ struct Backward {
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
     s->row = carve.take<C>(padded<C>(p.D));
-    s->parts = ScoreParts<C>(p, carve, queries, panel, true);
+    s->parts = ScoreParts<C>(p, carve, queries, panel, keys, true);
     return carve.size;
   }
 
@@ -329,6 +329,7 @@ struct Backward {
     embed_rows(p, Role::query, s.q, d, queries, scale);
     load_tile<C>(s.dout, dv, Source<S>{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv,
                  dv, C(1));
+    if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, stride, p, band, t);
     for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
     if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
@@ -371,7 +372,9 @@ struct Backward {
     multiply<Onto::nothing, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
                                         WholeSum{p.Dv});
     const bool plain = is_plain(p, band, panel);
-    if (!plain) apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts);
+    if (!plain)
+      apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,
+                                  distances_of<InLanes::keys>(s.parts, t, panel));
     if (s.parts.keep) {
       load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, panel);
       scale_pairs(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);

@@ -79,7 +79,7 @@ struct Decode {
     s->scores = carve.take<C>(most_rows(p) * kKeys);
     s->k = in_place(p.k, p.D) && p.similarity == Similarity::dot ? nullptr : carve.take<C>(kKeys * dim);
     s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
-    s->parts = ScoreParts<C>(p, carve, few(p), kKeys, false);
+    s->parts = ScoreParts<C>(p, carve, few(p), kKeys, kKeys, false);
     return carve.size;
   }
 
@@ -217,8 +217,10 @@ struct Decode {
     C* scores = s.scores + row * kKeys;
     if (empty)
       for (int64_t x = 0; x < queries * kKeys; ++x) scores[x] = -kInfinity<C>;
-    else if (!is_plain(p, band, t))
-      apply_scores<InLanes::keys>(p, band, t, scores, kKeys, width, s.parts);
+    else if (!is_plain(p, band, t)) {
+      if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
+      apply_scores<InLanes::keys>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
+    }
     if (s.parts.keep && !empty) load_keep<InLanes::keys>(s.parts.keep, width, p, t);
     for (int64_t i = 0; i < queries; ++i) {
       C *x = scores + i * kKeys, *out = part.out + (row + i) * dim;

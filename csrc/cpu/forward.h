@@ -43,7 +43,7 @@ struct Forward {
     s->k = k_in_place ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
     s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
     s->best = p.normalizer == Normalizer::hard ? carve.take<Int<C>>(lanes) : nullptr;
-    s->parts = ScoreParts<C>(p, carve, keys, panel, false);
+    s->parts = ScoreParts<C>(p, carve, keys, panel, lanes, false);
     return carve.size;
   }
 
@@ -151,6 +151,7 @@ struct Forward {
       Tile block{b, h, i0, last + 1, j0, j1};
       if (!find_masks(p, &block)) continue;
       const Rows<C> k = key_rows(j0, j1), v = s.best ? Rows<C>{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+      if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
@@ -159,22 +160,24 @@ struct Forward {
         Tile tile = block;
         tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, band.first_key(i)), tile.j1 = least(j1, band.end_key(end - 1));
         if (tile.j0 >= tile.j1) return;
-        attend_panel<vectors.value>(tile, l, k.data + (tile.j0 - j0) * k.stride, k.stride,
-                                    v.data + (tile.j0 - j0) * v.stride, v.stride, careful);
+        attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), l,
+                                    k.data + (tile.j0 - j0) * k.stride, k.stride, v.data + (tile.j0 - j0) * v.stride,
+                                    v.stride, careful);
       });
     }
   }
 
   // One panel of queries over the keys of a tile.
   template <int kN>
-  HEEDFUL_FN void attend_panel(const Tile& tile, int64_t l, const C* k, int64_t k_stride, const C* v, int64_t v_stride,
-                               bool careful) const {
+  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, int64_t l, const C* k, int64_t k_stride,
+                               const C* v, int64_t v_stride, bool careful) const {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
     multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * dim, width, s.scores, width, width, s.scores,
                                         WholeSum{dim});
     const bool plain = is_plain(p, band, tile);
-    if (!plain) apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts);
+    if (!plain)
+      apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
     if (s.best) return find_best<kN>(tile, l);
     alignas(64) C rescale[width];
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));

@@ -105,15 +105,15 @@ inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
 template <class C>
 struct ScoreParts {
   C *bias, *mask, *slopes, *keep;  // slopes: the derivatives of capped scores, where they are wanted
-  C* distances;                    // one for each diagonal
+  C* distances;                    // one for each diagonal of a tile of several such panels, `lanes` in all
 
-  ScoreParts(const Problem& p, Carver& carve, int64_t rows, int64_t width, bool derivatives) {
+  ScoreParts(const Problem& p, Carver& carve, int64_t rows, int64_t width, int64_t lanes, bool derivatives) {
     constexpr int n = kLanes<C>;
     bias = p.bias.data ? carve.take<C>(rows * width) : nullptr;
     mask = p.mask.data ? carve.take<C>(rows * width) : nullptr;
     slopes = derivatives && p.softcap != 0 ? carve.take<C>(rows * width) : nullptr;
     keep = has_dropout(p) ? carve.take<C>((rows + n) * width) : nullptr;
-    distances = has_distances(p) ? carve.take<C>(rows + width + n) : nullptr;
+    distances = has_distances(p) ? carve.take<C>(rows + lanes + n) : nullptr;
   }
   ScoreParts() = default;
 };
@@ -145,12 +145,13 @@ HEEDFUL_FN int64_t diagonal_distance(const Band& band, const Tile& t, int64_t x)
   return in_lanes == InLanes::keys ? t.j0 - (band.start + t.i1 - 1) + x : t.j1 - 1 - (band.start + t.i0) - x;
 }
 
+// to[x] becomes the bias of the diagonal x, for as many as a tile of `lanes` lanes meets.
 template <InLanes in_lanes, class C>
-HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Band& band, const Tile& t) {
+HEEDFUL_CALLED void load_distances(C* to, int64_t lanes, const Problem& p, const Band& band, const Tile& t) {
   constexpr int64_t kExact = int64_t{1} << 22;  // as float, and in 32 bits
   const DistanceBias<C> bias(p, t.b, t.h);
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = queries + keys - 1;
-  const int64_t end = (in_lanes == InLanes::queries ? keys : queries) - 1 + width;
+  const int64_t end = (in_lanes == InLanes::queries ? keys : queries) - 1 + lanes;
   const int64_t first = diagonal_distance<in_lanes>(band, t, 0);
   if (bias.table || first < -kExact || first > kExact) {
     for (int64_t x = 0; x < end; ++x)
@@ -162,6 +163,14 @@ HEEDFUL_FN void load_distances(C* to, int64_t width, const Problem& p, const Ban
     const Vec<Int<C>> distance = Int<C>(first) + (in_lanes == InLanes::keys ? rising : -rising);
     store(to + x, bias.value_of_slope(__builtin_convertvector(distance < 0 ? -distance : distance, Vec<C>)));
   }
+}
+
+// Where the diagonals of a panel begin among those of its tile.
+template <InLanes in_lanes, class C>
+HEEDFUL_FN const C* distances_of(const ScoreParts<C>& parts, const Tile& t, const Tile& panel) {
+  if (!parts.distances) return nullptr;
+  return parts.distances +
+         (in_lanes == InLanes::keys ? (t.i1 - panel.i1) + (panel.j0 - t.j0) : (t.j1 - panel.j1) + (panel.i0 - t.i0));
 }
 
 // ---- softcap --------------------------------------------------------------------------------------------------------
@@ -180,36 +189,43 @@ HEEDFUL_FN void cap_scores(C* s, int64_t stride, int64_t rows, int64_t width, C 
 // ---- all of it ------------------------------------------------------------------------------------------------------
 
 // s[row * stride + lane] becomes the pair's score, -inf where it is absent. `width` is the tile's lanes rounded up to
-// whole vectors.
+// whole vectors; row r and lane l have distances[(rows - 1 - r) + l].
 template <InLanes in_lanes, class C>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
-                                 const ScoreParts<C>& parts) {
+                                 const ScoreParts<C>& parts, const C* distances) {
   constexpr int n = kLanes<C>;
   constexpr bool queries_in_lanes = in_lanes == InLanes::queries;
   using I = Int<C>;
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
   const int64_t rows = queries_in_lanes ? keys : queries, lanes = queries_in_lanes ? queries : keys;
-  const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+  const auto each = [&](auto change) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < width; l += n) store(s + r * stride + l, change(load(s + r * stride + l), r, l));
+  };
   if (p.normalizer == Normalizer::hard) {
     const Vec<C> scale = broadcast<C>(scale_of<C>(p, t.b, t.h));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t l = 0; l < width; l += n) store(s + r * stride + l, load(s + r * stride + l) * scale);
+    each([&](Vec<C> x, int64_t, int64_t) { return x * scale; });
   }
-  if (p.softcap != 0) {
-    cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
-    if (!banded && !t.bits && !t.masked && !parts.bias && !parts.distances) return;
+  if (p.softcap != 0) cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
+  if (parts.bias) {
+    load_bias<in_lanes, C>(parts.bias, width, p, t, rows, lanes);
+    each([&](Vec<C> x, int64_t r, int64_t l) { return add_bias(x, load(parts.bias + r * width + l), minus_infinity); });
   }
-  const C *bias = parts.bias, *mask = t.masked ? parts.mask : nullptr, *distances = parts.distances;
-  if (bias) load_bias<in_lanes, C>(parts.bias, width, p, t, rows, lanes);
-  if (mask) load_tile<C>(parts.mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
-  if (distances) load_distances<in_lanes, C>(parts.distances, width, p, band, t);
+  if (distances)
+    each([&](Vec<C> x, int64_t r, int64_t l) {
+      return add_bias(x, load(distances + (rows - 1 - r) + l), minus_infinity);
+    });
 
+  const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
+  if (!banded && !t.bits && !t.masked) return;
+  const C* mask = t.masked ? parts.mask : nullptr;
+  if (mask) load_tile<C>(parts.mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
   // The keys that each query sees, counted from j0.
   const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
   const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
   // Bits of a block mask: a query's word, and where its first key is in there.
   const int64_t *words = t.bits ? t.bits + t.i0 % kMaskTile : nullptr, bit0 = t.j0 % kMaskTile;
-  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
   for (int64_t l = 0; l < width; l += n) {
     Vec<I> first, end, low_word, high_word;
     const Vec<I> lane_index = iota<I>() + I(l);
@@ -225,7 +241,6 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         high_word[i] = I(word >> 32);
       }
     for (int64_t r = 0; r < rows; ++r) {
-      Vec<C> x = load(s + r * stride + l);
       Vec<I> allowed = ~Vec<I>{};
       if (banded) {
         if constexpr (queries_in_lanes)
@@ -245,9 +260,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
         }
       }
       if (mask) allowed &= load(mask + r * width + l) != Vec<C>{};
-      if (bias) x = add_bias(x, load(bias + r * width + l), minus_infinity);
-      if (distances) x = add_bias(x, load(distances + (rows - 1 - r) + l), minus_infinity);
-      store(s + r * stride + l, select(allowed, x, minus_infinity));
+      store(s + r * stride + l, select(allowed, load(s + r * stride + l), minus_infinity));
     }
   }
 }
