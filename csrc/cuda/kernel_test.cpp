@@ -1,5 +1,6 @@
 // Tests of the CUDA kernels without a GPU, torch or Python: their sources run on the CPU (csrc/emulator), against the
 // definition of attention in double precision, over a sweep of shapes and options.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -255,11 +256,13 @@ Case random_case(DType dtype) {
   return c;
 }
 
-std::string wanted;  // stages whose names hold this
+std::vector<std::string> wanted;  // stages whose names hold one of these; all, where there are none
 
 template <class F>
 void stage(const std::string& name, F f) {
-  if (name.find(wanted) == std::string::npos) return;
+  const auto holds = [&](const std::string& part) { return name.find(part) != std::string::npos; };
+  if (!wanted.empty() && std::none_of(wanted.begin(), wanted.end(), holds)) return;
+  random_bits.seed(1);  // the same cases whichever stages run
   const auto start = std::chrono::steady_clock::now();
   const int before = checks;
   f();
@@ -269,10 +272,10 @@ void stage(const std::string& name, F f) {
 
 }  // namespace
 
-// An argument runs only the stages whose names hold it.
+// Arguments run only the stages whose names hold one of them.
 int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  if (count > 1) wanted = arguments[1];
+  wanted.assign(arguments + 1, arguments + count);
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   stage("shapes", test_shapes);
   stage("offsets", test_offsets);
