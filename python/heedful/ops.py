@@ -59,11 +59,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         return _forward_op(q, k, v, **arguments)
     transformed = _transformed()
     if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *arguments.values())):
-        arguments = {name: x for name, x in arguments.items() if x is not None}
-        if torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
             q, k, v, arguments = _cast(q, k, v, arguments)
         if not transformed:
-            return _Recorded.apply(arguments, q, k, v, *arguments.values())
+            tensors = [x for x in arguments.values() if isinstance(x, Tensor)] if arguments else ()
+            return _Recorded.apply(arguments, q, k, v, *tensors)
         others = [arguments.pop(name, None) for name in OTHERS]
         return _Forward.apply(q, k, v, *others, arguments)
     with _below_autograd():
@@ -209,29 +209,30 @@ def _materialize(grads: dict[str, Tensor | None], like: dict[str, Tensor | None]
 
 
 class _Recorded(torch.autograd.Function):
-    """attention_forward when a gradient is wanted. Inputs: the arguments given, by name; q, k, v; their values again,
-    for autograd to see."""
+    """attention_forward when a gradient is wanted. Inputs: the arguments given, by name; q, k, v; the tensors among the
+    arguments again, for autograd to see. Small calls take longer in here than in the kernel: no step without need."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, arguments: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensors:
+    def forward(ctx: FunctionCtx, arguments: Options, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensors:
         with _below_autograd():
             out, lse = _forward_op(q, k, v, **arguments)
-        ctx.save_for_backward(q, k, v, *(x for x in arguments.values() if isinstance(x, Tensor)), out, lse)
-        ctx.arguments = {name: None if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.options, ctx.names = arguments, ()
+        if tensors:
+            ctx.names = [name for name, x in arguments.items() if isinstance(x, Tensor)]
+            ctx.options = {name: x for name, x in arguments.items() if not isinstance(x, Tensor)}
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
-        q, k, v, *given, out, lse = ctx.saved_tensors
-        given = dict(zip((name for name in ctx.arguments if name in OTHERS), given))
-        options = {name: x for name, x in ctx.arguments.items() if name not in OTHERS}
-        needed = dict(zip(ctx.arguments, ctx.needs_input_grad[4:]))
-        tensors = (q, k, v, *(given.get(name) for name in OTHERS))
-        wanted = [name for name in PARAMETERS if needed.get(name)]
-        dq, dk, dv, *others = _gradients(dout, dlse, tensors, out, lse, options, wanted)
-        others = dict(zip(PARAMETERS, others))
-        return None, dq, dk, dv, *(others.get(name) for name in ctx.arguments)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        given, needed = dict(zip(ctx.names, tensors)), dict(zip(ctx.names, ctx.needs_input_grad[4:]))
+        wanted = [name for name in PARAMETERS if needed.get(name)] if needed else ()
+        others = [given.get(name) for name in OTHERS] if given else ()
+        dq, dk, dv, *grads = _gradients(dout, dlse, (q, k, v, *others), out, lse, ctx.options, wanted)
+        grads = dict(zip(PARAMETERS, grads)) if needed else {}
+        return None, dq, dk, dv, *(grads.get(name) for name in ctx.names)
 
 
 class _Forward(torch.autograd.Function):
