@@ -108,11 +108,14 @@ const int64_t* per_sequence(const char* name, const std::optional<Tensor>& t, co
   return t ? integers(name, *t, {call.problem.B}, "[B]", q, call) : nullptr;
 }
 
-// Sequences packed one after the other: their number, and the length of the longest.
+// Sequences packed one after the other: their number, and a length that none exceeds: that of the longest, where
+// offsets are read.
 const int64_t* packed(const char* name, const std::optional<Tensor>& t, const Tensor& q, int64_t rows, Call& call,
                       int64_t* longest) {
   if (t->dim() != 1 || t->size(0) < 1) fail(name, "a tensor [sequences + 1]", text(shape_of(*t)));
   const int64_t count = t->size(0), *offsets = integers(name, *t, {count}, "[sequences + 1]", q, call);
+  *longest = rows;
+  if (call.memory == Memory::device) return offsets;
   *longest = 0;
   for (int64_t b = 0; b < count; ++b) {
     if (offsets[b] < (b ? offsets[b - 1] : 0) || offsets[b] > rows)
@@ -120,6 +123,16 @@ const int64_t* packed(const char* name, const std::optional<Tensor>& t, const Te
     if (b) *longest = std::max(*longest, offsets[b] - offsets[b - 1]);
   }
   return offsets;
+}
+
+// Where offsets are not read, sequences are as long as masks and biases are made for.
+void bound_lengths(const Arguments& a, Problem& p) {
+  const auto bound = [&](const std::optional<Tensor>& t, int64_t unit) {
+    if (!t || t->dim() != 4) return;
+    if (unit > 1 || t->size(2) != 1) p.Sq = std::min(p.Sq, t->size(2) * unit);
+    if (unit > 1 || t->size(3) != 1) p.Sk = std::min(p.Sk, t->size(3) * unit);
+  };
+  bound(a.mask, 1), bound(a.bias, 1), bound(a.tiles, kMaskTile);
 }
 
 // Numbers for each head: [(rows,) Hq], or with a batch dimension in front.
@@ -144,7 +157,8 @@ Parameter parameter(const char* name, const std::optional<Tensor>& t, const Tens
 
 // Finds the first element of an integer tensor outside [low, end).
 template <class T>
-void expect_range(const char* name, const Tensor& t, int64_t low, int64_t end) {
+void expect_range(const char* name, const Tensor& t, int64_t low, int64_t end, const Call& call) {
+  if (call.memory == Memory::device) return;
   const Tensor flat = torch::stable::contiguous(t);
   const T* data = static_cast<const T*>(flat.data_ptr());
   for (int64_t i = 0; i < flat.numel(); ++i)
@@ -165,7 +179,7 @@ void check_table(const Arguments& a, const Tensor& q, Call& call) {
     fail("buckets", "a tensor [2 max_distance + 1]", text(shape_of(*a.buckets)));
   p.max_distance = a.buckets->size(0) / 2;
   p.buckets = integers("buckets", *a.buckets, shape_of(*a.buckets), "[2 max_distance + 1]", q, call);
-  expect_range<int64_t>("buckets", call.kept.back(), 0, p.table_rows);
+  expect_range<int64_t>("buckets", call.kept.back(), 0, p.table_rows, call);
 }
 
 void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
@@ -186,7 +200,7 @@ void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
     partial = a.bits->size(0);
     p.bits = integers("bits", *a.bits, {partial, kMaskTile}, "[partial tiles, 64]", q, call);
   }
-  expect_range<int32_t>("tiles", *a.tiles, kEmptyTile, kFirstPartialTile + partial);
+  expect_range<int32_t>("tiles", *a.tiles, kEmptyTile, kFirstPartialTile + partial, call);
   p.tiles = broadcast_view(*a.tiles);
 }
 
@@ -250,8 +264,9 @@ Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_
   return torch::stable::new_empty(like, Shape{batch, heads, rows, dim});
 }
 
-Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& a) {
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& a, Memory memory) {
   Call call{};
+  call.memory = memory;
   Problem& p = call.problem;
   expect_rank("q", q, "[B, Hq, Sq, D]");
   expect_rank("k", k, "[B, Hk, Sk, D]");
@@ -280,6 +295,7 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
       fail("k_offsets", "as many sequences as q_offsets, " + std::to_string(a.q_offsets->size(0) - 1),
            std::to_string(a.k_offsets->size(0) - 1));
     p.B = a.q_offsets->size(0) - 1;
+    if (memory == Memory::device) bound_lengths(a, p);
   }
   p.q_lengths = per_sequence("q_lengths", a.q_lengths, q, call);
   p.k_lengths = per_sequence("k_lengths", a.k_lengths, q, call);

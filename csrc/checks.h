@@ -26,13 +26,18 @@ struct Arguments {
   int64_t dropout_batch;
 };
 
+// Whether the numbers in tensors may be read here. A GPU's may not: that would wait for all work before this call.
+// There offsets, buckets and tiles are taken as they are.
+enum class Memory { host, device };
+
 // A checked problem, and the tensors that its pointers belong to.
 struct Call {
+  Memory memory;
   Problem problem;
   std::vector<Tensor> kept;
 };
 
-Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& arguments);
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& arguments, Memory memory);
 void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
                     const Tensor& out, const Tensor& lse);
 // That a gradient is asked for only of what was given.

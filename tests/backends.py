@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 import heedful._info
+from cases import Case
 
-BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512")
+EMULATED = "cuda-emulated"
+BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", EMULATED)
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # each machine runs those up to its own capability
+
+# The CUDA kernels' operators on the CPU (CMakeLists.txt, HEEDFUL_EMULATED_TEST), which no wheel has.
+EMULATED_LIBRARY = Path(
+    os.environ.get("HEEDFUL_EMULATED")
+    or Path(__file__).parent.parent / "build" / "emulated_test" / "libheedful_emulated.so"
+)
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,15 @@ class Backend:
 
     @classmethod
     def named(cls, name: str) -> Backend:
+        if name == EMULATED:
+            return cls(name, "cpu")
         device, _, isa = name.partition("-")
         return cls(name, device, isa or None)
 
     def missing(self) -> str | None:
         """Why this machine cannot run the backend, or None where it can."""
+        if self.name == EMULATED:
+            return None if EMULATED_LIBRARY.exists() else f"not built: there is no {EMULATED_LIBRARY}"
         built = heedful._info.build_info()["isas"]
         if self.isa not in built:
             return f"not built: the library has {', '.join(built)}"
@@ -37,3 +56,29 @@ class Backend:
 def available_backends() -> list[Backend]:
     """The backends that this machine can run."""
     return [backend for backend in map(Backend.named, BACKENDS) if backend.missing() is None]
+
+
+@contextmanager
+def emulated_operators() -> Iterator[None]:
+    """In here heedful's operators on the CPU are those of the CUDA kernels on the emulator."""
+    torch.ops.load_library(EMULATED_LIBRARY)
+    library = torch.library.Library("heedful", "IMPL", "CPU")
+    try:
+        for name in ("attention_forward", "attention_backward"):
+            library.impl(name, getattr(torch.ops.heedful_emulated, name).default, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+# Products of numbers that the emulator does in about a tenth of a second, forward and backward.
+MOST_EMULATED_WORK = 1e6
+
+
+def emulated_work(case: Case, dtype: torch.dtype) -> float:
+    """The products of numbers in a case's pairs; half precision comes in tiles, of 64 x 32 rows of 64 columns."""
+    b, hq, _, sq, sk, d, dv = case.sizes
+    half = dtype in (torch.bfloat16, torch.float16)
+    rows, keys, columns = (64, 32, 64) if half and max(d, dv) <= 256 else (1, 1, 1)
+    padded = [math.ceil(n / unit) * unit for n, unit in ((sq, rows), (sk, keys), (d + dv, columns))]
+    return b * hq * math.prod(padded)

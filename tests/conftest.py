@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from backends import BACKENDS, Backend
+from backends import BACKENDS, EMULATED, MOST_EMULATED_WORK, Backend, emulated_operators, emulated_work
 
 # Kernels give the same bits for any number of threads (test_determinism.py shows it), so one does, and it leaves the
 # other cores to whoever else runs on the machine.
@@ -29,8 +29,31 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     chosen = Backend.named(request.param)
     if reason := chosen.missing():
         pytest.skip(f"{chosen.name}: {reason}")
+    if chosen.name == EMULATED:
+        with emulated_operators():
+            yield chosen
+        return
     monkeypatch.setenv("HEEDFUL_CPU_ISA", chosen.isa)
     yield chosen
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The emulator runs the tests that are marked for it, without the cases that would take it long."""
+    dropped = [item for item in items if not _suits_emulator(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        kept = set(items) - set(dropped)
+        items[:] = [item for item in items if item in kept]
+
+
+def _suits_emulator(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != EMULATED:
+        return True
+    if not item.get_closest_marker("emulated"):
+        return False
+    case = parameters.get("case")
+    return case is None or emulated_work(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_WORK
 
 
 @pytest.fixture

@@ -1,0 +1,125 @@
+// The operators, all of them but the kernels' run: arguments are checked, results allocated, gradients converted. Each
+// device's register.cpp says how it runs a problem:
+//
+//   struct Device {
+//     static constexpr Memory kMemory;
+//     static void run(Problem& p, bool backward, const Tensor& like);  // `like`: a tensor to make a workspace of
+//   };
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+
+namespace heedful {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Rows of a packed tensor that belong to no sequence are no task's: they are filled beforehand.
+inline void fill_between_sequences(const Call& call, Tensor tensor, const int64_t* offsets, int64_t rows,
+                                   double value) {
+  if (!offsets) return;
+  if (call.memory == Memory::host && offsets[0] == 0 && offsets[call.problem.B] == rows) return;
+  torch::stable::fill_(tensor, value);
+}
+
+// A parameter's gradient, where it is wanted: zeros in float64, that kernels add to or write.
+inline OptionalTensor zeros_for(Parameter& parameter, bool wanted, const OptionalTensor& like) {
+  if (!wanted) return std::nullopt;
+  const auto sizes = like->sizes();
+  const Tensor zeros = torch::stable::new_zeros(*like, std::vector<int64_t>(sizes.begin(), sizes.end()),
+                                                torch::headeronly::ScalarType::Double);
+  parameter.gradient = static_cast<double*>(zeros.data_ptr());
+  return zeros;
+}
+
+inline OptionalTensor in_dtype_of(const OptionalTensor& like, const OptionalTensor& gradient) {
+  if (!gradient || gradient->scalar_type() == like->scalar_type()) return gradient;
+  return torch::stable::to(*gradient, like->scalar_type());
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias, const OptionalTensor& scales,
+    const OptionalTensor& sinks, const OptionalTensor& slopes, const OptionalTensor& table,
+    const OptionalTensor& buckets, const OptionalTensor& mask, const OptionalTensor& tiles, const OptionalTensor& bits,
+    const OptionalTensor& q_lengths, const OptionalTensor& k_lengths, const OptionalTensor& q_starts,
+    const OptionalTensor& q_offsets, const OptionalTensor& k_offsets, const OptionalTensor& seed, int64_t q_start,
+    std::optional<int64_t> left, std::optional<int64_t> right, std::optional<double> scale,
+    std::optional<double> softcap, const std::string& similarity, const std::string& normalizer, double dropout_p,
+    int64_t dropout_batch) {
+  Call call =
+      check_forward(q, k, v, {bias, scales,    sinks,     slopes,   table,      buckets,    mask,      tiles,
+                              bits, q_lengths, k_lengths, q_starts, q_offsets,  k_offsets,  seed,      q_start,
+                              left, right,     scale,     softcap,  similarity, normalizer, dropout_p, dropout_batch},
+                    Device::kMemory);
+  Problem& p = call.problem;
+  const Tensor out = empty_like_layout(q, p.Hq, p.q_rows, p.Dv);
+  const Tensor lse =
+      torch::stable::new_empty(q, std::vector<int64_t>{q.size(0), p.Hq, p.q_rows}, compute_type(p.dtype));
+  fill_between_sequences(call, out, p.q_offsets, p.q_rows, 0);
+  fill_between_sequences(call, lse, p.q_offsets, p.q_rows, -INFINITY);
+  p.out = view_of(out);
+  p.lse = lse.data_ptr();
+  Device::run(p, false, q);
+  return {out, lse};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>
+attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& out, const Tensor& lse, const OptionalTensor& bias, const OptionalTensor& scales,
+                   const OptionalTensor& sinks, const OptionalTensor& slopes, const OptionalTensor& table,
+                   const OptionalTensor& buckets, const OptionalTensor& mask, const OptionalTensor& tiles,
+                   const OptionalTensor& bits, const OptionalTensor& q_lengths, const OptionalTensor& k_lengths,
+                   const OptionalTensor& q_starts, const OptionalTensor& q_offsets, const OptionalTensor& k_offsets,
+                   const OptionalTensor& seed, int64_t q_start, std::optional<int64_t> left,
+                   std::optional<int64_t> right, std::optional<double> scale, std::optional<double> softcap,
+                   const std::string& similarity, const std::string& normalizer, double dropout_p,
+                   int64_t dropout_batch, bool bias_grad, bool scales_grad, bool sinks_grad, bool slopes_grad,
+                   bool table_grad) {
+  Call call =
+      check_forward(q, k, v, {bias, scales,    sinks,     slopes,   table,      buckets,    mask,      tiles,
+                              bits, q_lengths, k_lengths, q_starts, q_offsets,  k_offsets,  seed,      q_start,
+                              left, right,     scale,     softcap,  similarity, normalizer, dropout_p, dropout_batch},
+                    Device::kMemory);
+  check_backward(call, dout, dlse, q, out, lse);
+  check_wanted("bias_grad", bias_grad, bias);
+  check_wanted("scales_grad", scales_grad, scales);
+  check_wanted("sinks_grad", sinks_grad, sinks);
+  check_wanted("slopes_grad", slopes_grad, slopes);
+  check_wanted("table_grad", table_grad, table);
+  Problem& p = call.problem;
+  const Tensor dq = empty_like_layout(q, p.Hq, p.q_rows, p.D), dk = empty_like_layout(k, p.Hk, p.k_rows, p.D),
+               dv = empty_like_layout(v, p.Hk, p.k_rows, p.Dv);
+  fill_between_sequences(call, dq, p.q_offsets, p.q_rows, 0);
+  fill_between_sequences(call, dk, p.k_offsets, p.k_rows, 0);
+  fill_between_sequences(call, dv, p.k_offsets, p.k_rows, 0);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
+  OptionalTensor dbias;
+  if (bias_grad) {
+    const auto sizes = bias->sizes();
+    dbias = torch::stable::new_zeros(*bias, std::vector<int64_t>(sizes.begin(), sizes.end()), compute_type(p.dtype));
+    p.dbias = broadcast_view(*dbias);
+  }
+  const OptionalTensor dscales = zeros_for(p.scales, scales_grad, scales),
+                       dsinks = zeros_for(p.sinks, sinks_grad, sinks),
+                       dslopes = zeros_for(p.slopes, slopes_grad, slopes),
+                       dtable = zeros_for(p.table, table_grad, table);
+  Device::run(p, true, q);
+  return {dq,
+          dk,
+          dv,
+          in_dtype_of(bias, dbias),
+          in_dtype_of(scales, dscales),
+          in_dtype_of(sinks, dsinks),
+          in_dtype_of(slopes, dslopes),
+          in_dtype_of(table, dtable)};
+}
+
+}  // namespace heedful

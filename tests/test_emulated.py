@@ -1,0 +1,79 @@
+"""The operators of the CUDA kernels, on the emulator: what they check, and that what the emulator finds is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import heedful
+from backends import EMULATED, Backend, emulated_operators
+from cases import build, check, packed
+from functions import normal
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> Iterator[None]:
+    if reason := Backend.named(EMULATED).missing():
+        pytest.skip(f"{EMULATED}: {reason}")
+    with emulated_operators():
+        yield
+
+
+def test_they_are_others_while_they_last() -> None:
+    """Other kernels, other bits, on the same call; and the CPU's again afterwards."""
+    q = normal(1, 2, 70, 64, dtype=torch.bfloat16)
+    here = heedful.attention(q, q, q)
+    with torch.no_grad():
+        again = torch.ops.heedful.attention_forward(q, q, q)[0]
+    direct = torch.ops.heedful_emulated.attention_forward(q, q, q)[0]
+    assert torch.equal(here, again) and torch.equal(here, direct)
+
+
+def test_gradients_by_autograd() -> None:
+    q, k, v = (normal(1, 2, 9, 8, seed=n).requires_grad_() for n in range(3))
+    heedful.attention(q, k, v, mask=heedful.Causal()).sum().backward()
+    want = torch.autograd.grad(heedful.reference.attention(q, k, v, mask=heedful.Causal()).sum(), (q, k, v))
+    for x, grad in zip((q, k, v), want, strict=True):
+        torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": normal(1, 3, 5, 8)}, "q: expected a number of heads that is a multiple of k's 3, got 2"),
+        ({"v": normal(1, 2, 5, 8).half()}, "v: expected float32, as q, got float16"),
+        ({"mask": torch.ones(1, 2, 4, 6, dtype=torch.bool)}, r"mask: expected a shape that broadcasts to .*\[1, 2, 4, 5\]"),
+        ({"k_lengths": torch.ones(3, dtype=torch.int64)}, r"k_lengths: expected \[B\] = \[1\], got \[3\]"),
+        ({"softcap": -1.0}, "softcap: expected a normal number"),
+        ({"dropout_p": 0.5}, "seed: expected a tensor where dropout_p is above 0, got None"),
+        ({"similarity": "sine"}, 'similarity: expected "dot", "cosine" or "gaussian", got "sine"'),
+        ({"q_offsets": torch.tensor([0, 4])}, "k_offsets: expected a tensor: both or neither are packed, got None"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_arguments_raise(arguments: dict, message: str) -> None:
+    q, k, v = normal(1, 2, 4, 8), normal(1, 2, 5, 8), normal(1, 2, 5, 8)
+    if "k" in arguments:
+        arguments = {"v": normal(1, 3, 5, 8)} | arguments
+    with pytest.raises(RuntimeError, match=f"heedful.attention: {message}"):
+        torch.ops.heedful.attention_forward(**({"q": q, "k": k, "v": v} | arguments))
+
+
+def test_biases_of_packed_sequences_have_one_length() -> None:
+    """Offsets are not read: masks and biases say how long sequences are at most, and have to agree."""
+    problem = build(packed((2, 1), (8, 8), (5, 9), (7, 3), bias="qk", mask="hqk"), torch.float32)
+    check(problem)
+    problem.options["mask"] = problem.options["mask"][:, :, :6]
+    with pytest.raises(RuntimeError, match="bias: expected a shape that broadcasts to"):
+        problem.results()
+
+
+@pytest.mark.parametrize("offsets", [[0, 1000], [-3, 4]], ids=str)
+def test_faults_are_errors(offsets: list[int]) -> None:
+    """An offset outside of the rows would have a GPU read past them; the emulator says where."""
+    q = normal(1, 2, 4, 8, dtype=torch.float16)
+    wrong = torch.tensor(offsets)
+    with pytest.raises(RuntimeError, match=r"emulated: forward.*out of bounds: global read .*\.cuh:\d+"):
+        torch.ops.heedful.attention_forward(q, q, q, q_offsets=wrong, k_offsets=wrong)
