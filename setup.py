@@ -1,6 +1,6 @@
-"""Builds libheedful.so and heedful/_info with CMake and Ninja; everything else about the package is in pyproject.toml.
+"""Builds libheedful*.so and heedful/_info with CMake and Ninja; everything else about the package is in pyproject.toml.
 
-Environment: HEEDFUL_CUDA=auto|on|off, HEEDFUL_CUDA_ARCHS=80;90a, CMAKE_BUILD_PARALLEL_LEVEL=n, CXX and CXXFLAGS.
+Environment: HEEDFUL_CUDA=auto|on|off, HEEDFUL_CUDA_ARCHS=80;90-real, CMAKE_BUILD_PARALLEL_LEVEL=n, CXX and CXXFLAGS.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in build/cmake-<python>, which is kept, and installs both libraries into the package's directory."""
+    """Runs CMake in build/cmake-<python>, which is kept, and installs the libraries into the package's directory."""
 
     def run(self) -> None:
         torch = torch_directory()
@@ -45,7 +45,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "HEEDFUL_TORCH": torch,
             "HEEDFUL_CUDA": os.environ.get("HEEDFUL_CUDA", "auto"),
-            "HEEDFUL_CUDA_ARCHS": os.environ.get("HEEDFUL_CUDA_ARCHS", "80;90a"),
+            "HEEDFUL_CUDA_ARCHS": os.environ.get("HEEDFUL_CUDA_ARCHS", "80;90-real"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
         cmake = tool("cmake")
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+        (package / "libheedful_cuda.so").unlink(missing_ok=True)  # of a build with nvcc, where this one has none
         subprocess.run([cmake, "--install", build, "--prefix", package], check=True)
 
 

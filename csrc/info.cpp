@@ -14,7 +14,11 @@ py::dict build_info() {
   py::dict info;
   info["version"] = HEEDFUL_VERSION;
   info["torch_target"] = "2.10";
-  info["cuda"] = false;  // CUDA kernels; the score headers alone are compiled for CUDA, as a check
+#ifdef HEEDFUL_HAVE_CUDA
+  info["cuda"] = true;  // whether libheedful_cuda.so was built
+#else
+  info["cuda"] = false;
+#endif
 #if defined(__clang__)
   info["compiler"] = "Clang " __clang_version__;
 #else
@@ -81,30 +85,41 @@ heedful::Problem problem_with(const std::string& dtype, const std::vector<std::s
   return p;
 }
 
-// The kernels of a build that run these features, each on a machine that has what it needs.
+// The kernels of a build with everything that run these features, each on a machine that has what it needs.
 py::list kernels_for(const std::string& device, const std::string& dtype, const std::vector<std::string>& features) {
   heedful::Machine machine;
   for (const auto* isa : heedful::instruction_sets()) machine.cpu.push_back(isa->name);
+  machine.cuda_capability = 80;
   py::list kernels;
+  const auto add = [&] {
+    const std::string kernel = heedful::select(problem_with(dtype, features), device, machine, false).kernel;
+    if (!kernel.empty()) kernels.append(kernel);
+  };
+  if (device == "cuda") add();
+  if (device != "cpu") return kernels;
   for (const std::string& isa : machine.cpu) {
     machine.forced = isa;
-    if (heedful::select(problem_with(dtype, features), device, machine, false).cpu) kernels.append("cpu/" + isa);
+    add();
   }
   return kernels;
 }
 
+// no_cuda: why CUDA's kernels are not loaded, empty where they are.
 py::dict explain(const std::string& device, const std::string& dtype, int64_t B, int64_t Hq, int64_t Hk, int64_t Sq,
-                 int64_t Sk, int64_t D, int64_t Dv, const std::vector<std::string>& features) {
+                 int64_t Sk, int64_t D, int64_t Dv, const std::vector<std::string>& features,
+                 const std::string& no_cuda, int cuda_capability) {
   heedful::Problem p = problem_with(dtype, features);
   p.B = B, p.Hq = Hq, p.Hk = Hk, p.Sq = Sq, p.Sk = Sk, p.D = D, p.Dv = Dv;
-  const heedful::Selection selection = heedful::select(p, device, heedful::this_machine(), true);
+  heedful::Machine machine = heedful::this_machine();
+  machine.no_cuda = no_cuda, machine.cuda_capability = cuda_capability;
+  const heedful::Selection selection = heedful::select(p, device, machine, true);
   py::dict result, tiles;
   py::list reasons;
   for (const auto& [kernel, reason] : selection.rejected) reasons.append(kernel + ": " + reason);
   result["kernel"] = py::none();
   result["isa"] = py::none();
+  if (!selection.kernel.empty()) result["kernel"] = selection.kernel;
   if (const auto* isa = selection.cpu) {
-    result["kernel"] = std::string("cpu/") + isa->name;
     result["isa"] = isa->name;
     tiles["vector_bytes"] = isa->vector_bytes;
     tiles["forward_queries"] = isa->forward_tile.queries;
@@ -127,6 +142,7 @@ PYBIND11_MODULE(_info, module) {
   module.def("cpu_capability", [] { return heedful::this_machine().cpu.front(); });
   module.def("explain", &explain, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("B"), py::arg("Hq"),
              py::arg("Hk"), py::arg("Sq"), py::arg("Sk"), py::arg("D"), py::arg("Dv"),
-             py::arg("features") = std::vector<std::string>());
+             py::arg("features") = std::vector<std::string>(), py::arg("no_cuda") = "this build has no CUDA kernels",
+             py::arg("cuda_capability") = 0);
   module.def("kernels_for", &kernels_for, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("features"));
 }

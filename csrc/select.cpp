@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cuda/kernels.h"
+
 namespace heedful {
 namespace {
 
@@ -33,6 +35,32 @@ std::string why_not(const cpu::InstructionSet& isa, const std::string& device, c
   return "";
 }
 
+// Why none of CUDA's kernels runs here; empty where one does.
+std::string why_no_cuda(const Problem& p, const Machine& machine) {
+  if (!machine.no_cuda.empty()) return machine.no_cuda;
+  if (const int has = machine.cuda_capability; has < 80)
+    return "needs a GPU of compute capability 8.0, this one has " + std::to_string(has / 10) + "." +
+           std::to_string(has % 10);
+  if (p.Sq > cuda::kMostRows || p.Sk > cuda::kMostRows) return "takes sequences of up to 2^30 rows";
+  return "";
+}
+
+// Why the kernels of tensor cores leave this problem to those that go row by row (csrc/cuda/plans.cu).
+std::string why_row_by_row(const Problem& p) {
+  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "takes bfloat16 and float16 only";
+  const int64_t dim = std::max(p.D, p.Dv);
+  return dim <= 256 ? "" : "takes head dims of up to 256, got " + std::to_string(dim);
+}
+
+void select_cuda(const Problem& p, const Machine& machine, bool explain, Selection& selection) {
+  const std::string never = why_no_cuda(p, machine), by_row = why_row_by_row(p);
+  if (never.empty()) selection.kernel = by_row.empty() ? "cuda/sm80" : "cuda/rows";
+  if (!explain && never.empty()) return selection.rejected.clear();
+  if (!never.empty() || !by_row.empty()) selection.rejected.emplace_back("cuda/sm80", never.empty() ? by_row : never);
+  if (!never.empty() || by_row.empty())
+    selection.rejected.emplace_back("cuda/rows", never.empty() ? "cuda/sm80 runs" : never);
+}
+
 }  // namespace
 
 const std::vector<const cpu::InstructionSet*>& instruction_sets() {
@@ -59,12 +87,13 @@ const Machine& this_machine() {
   return machine;
 }
 
-Selection select(const Problem&, const std::string& device, const Machine& machine, bool explain) {
+Selection select(const Problem& p, const std::string& device, const Machine& machine, bool explain) {
   Selection selection;
   for (const auto* isa : instruction_sets()) {
     std::string reason = why_not(*isa, device, machine);
     if (reason.empty() && !selection.cpu) {
       selection.cpu = isa;
+      selection.kernel = std::string("cpu/") + isa->name;
       if (!explain) {
         selection.rejected.clear();
         break;
@@ -74,7 +103,7 @@ Selection select(const Problem&, const std::string& device, const Machine& machi
                                       reason.empty() ? "a wider instruction set runs" : std::move(reason));
     }
   }
-  if (device == "cuda") selection.rejected.emplace_back("cuda", "this build has no CUDA kernels");
+  if (device == "cuda") select_cuda(p, machine, explain, selection);
   return selection;
 }
 

@@ -14,13 +14,16 @@ namespace heedful {
 struct Machine {
   std::vector<std::string> cpu;  // instruction sets that this machine runs
   std::string forced;            // by HEEDFUL_CPU_ISA; empty: the best one
+  std::string no_cuda;           // why CUDA's kernels are not there; empty where they are
+  int cuda_capability = 0;       // of the GPU in question: 10 * major + minor
 };
 
 // This machine, and HEEDFUL_CPU_ISA as it stands now.
 HEEDFUL_EXPORT const Machine& this_machine();
 
 struct Selection {
-  const cpu::InstructionSet* cpu = nullptr;                   // null where nothing runs
+  std::string kernel;                                         // empty where nothing runs
+  const cpu::InstructionSet* cpu = nullptr;                   // of a kernel for the CPU
   std::vector<std::pair<std::string, std::string>> rejected;  // kernel, reason
 };
 
@@ -33,6 +36,6 @@ HEEDFUL_EXPORT Selection select(const Problem& problem, const std::string& devic
 HEEDFUL_EXPORT const std::vector<const cpu::InstructionSet*>& instruction_sets();
 
 // Raises with every reason why no kernel runs.
-[[noreturn]] void raise_unsupported(const std::string& device, const Selection& selection);
+[[noreturn]] HEEDFUL_EXPORT void raise_unsupported(const std::string& device, const Selection& selection);
 
 }  // namespace heedful

@@ -18,6 +18,7 @@ from table import WINDOWS, together
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
 
+@pytest.mark.emulated
 @DTYPES
 @pytest.mark.parametrize("case", [*table.TABLE, *table.EMPTY], ids=str)
 def test_table(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
@@ -35,6 +36,7 @@ def test_lengths(queries: int, options: dict, backend: Backend) -> None:
         check(build(case, torch.float32, backend.device))
 
 
+@pytest.mark.emulated
 @DTYPES
 @pytest.mark.parametrize("width", table.WIDTHS)
 def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
@@ -43,6 +45,7 @@ def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
         check(build(Case((1, 2, 1, 66, 19, v_width, width), layouts=("bshd",)), dtype, backend.device))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 32])
 def test_groups_of_query_heads(group: int, backend: Backend) -> None:
     for queries in (1, 3, 20):
@@ -51,6 +54,7 @@ def test_groups_of_query_heads(group: int, backend: Backend) -> None:
             check(build(case, torch.float32, backend.device))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (18, 20), (9, 3)], ids=str)
 def test_every_small_offset(sizes: tuple[int, int], window: tuple[int | None, int | None], backend: Backend) -> None:
@@ -79,6 +83,7 @@ def test_bias_gradient_of_every_broadcast_shape(shape: str, backend: Backend) ->
             check(build(case, dtype, backend.device))
 
 
+@pytest.mark.emulated
 def test_float32_bias_beside_float64(backend: Backend) -> None:
     """A float32 bias serves every dtype; its gradient is float32 too, and as good as that allows."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", holes=0.1), torch.float64, backend.device)
@@ -91,6 +96,7 @@ def test_float32_bias_beside_float64(backend: Backend) -> None:
     torch.testing.assert_close(dbias.double().cpu(), truth.values["dbias"], rtol=2e-7, atol=1e-7)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("layout", ["scalar", "expand_s", "expand_d", "bhds", "strided", "bshd", "negated"])
 def test_gradients_arrive_in_any_layout(layout: str, backend: Backend) -> None:
     """dout and dlse as autograd hands them over: expanded from one number, transposed, sliced."""
@@ -103,6 +109,7 @@ def test_gradients_arrive_in_any_layout(layout: str, backend: Backend) -> None:
     check(problem)
 
 
+@pytest.mark.emulated
 def test_saved_results_in_any_layout(backend: Backend) -> None:
     """The op called directly takes out and lse as they come, strided and not contiguous."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17)), torch.float32, backend.device)
@@ -114,6 +121,7 @@ def test_saved_results_in_any_layout(backend: Backend) -> None:
     check(problem, dict(zip(("dq", "dk", "dv"), gradients[:3], strict=True)))
 
 
+@pytest.mark.emulated
 def test_without_a_gradient_of_lse(backend: Backend) -> None:
     """dlse=None is a gradient of zero."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", sinks="h"), torch.float32, backend.device)
@@ -126,6 +134,7 @@ def test_without_a_gradient_of_lse(backend: Backend) -> None:
     check(problem)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("wanted", [(), *((name,) for name in cases.PARAMETERS), ("sinks", "table")], ids="+".join)
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 19, 23, 8, 8), (1, 2, 2, 70, 150, 8, 8)], ids=str)
 def test_parameters_that_want_a_gradient(sizes: tuple, wanted: tuple[str, ...], backend: Backend) -> None:
@@ -218,6 +227,7 @@ FAST = (
 )
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_gradcheck_fast(case: Case, backend: Backend) -> None:
     gradcheck_case(case, backend.device, fast_mode=True)

@@ -41,6 +41,12 @@ feature, forward and backward; a machine takes the first of them that it can run
 the arguments has a gradient, from a fused kernel; second derivatives and forward mode are computed a block of queries
 at a time in plain torch operations. Features combine freely, but for vmap over packed sequences.
 
+Kernels for CUDA have run under emulation on the CPU only, never on a GPU. They are built where nvcc is found, for GPUs
+of compute capability 8.0 and newer; cuda/sm80 takes head dims up to 256, and leaves larger ones to cuda/rows. float32
+is exact there: no product is rounded to TensorFloat-32. Values of offsets, buckets and tiles are not looked at before a
+launch, which would wait for the GPU: wrong ones, which only a direct call of the operators or wrong offsets can bring,
+are not refused there.
+
 """
 
 

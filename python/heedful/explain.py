@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import _info
+from . import _info, ops
 from .arguments import lower
 from .masks import as_mask
 
@@ -55,10 +56,18 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **opti
     call += "".join(f", {name} {_show(name, x)}" for name, x in options.items() if x is not None)
     try:
         sizes = {"B": b, "Hq": hq, "Hk": hk, "Sq": sq, "Sk": sk, "D": d, "Dv": dv}
-        found = _info.explain(device=device, dtype=dtype, **sizes, features=features)
+        found = _info.explain(device=device, dtype=dtype, **sizes, features=features, **_gpu(q))
     except ValueError as error:  # a dtype that no kernel has
         return Explanation(call, None, None, {}, (f"every kernel: {error}",))
     return Explanation(call, found["kernel"], found["isa"], found["tiles"], tuple(found["reasons"]))
+
+
+def _gpu(q: Tensor) -> dict[str, Any]:
+    """What the choice of a kernel for GPUs depends on."""
+    if not q.is_cuda or ops.NO_CUDA:
+        return {"no_cuda": ops.NO_CUDA}
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return {"no_cuda": "", "cuda_capability": 10 * major + minor}
 
 
 def _show(name: str, option: Any) -> str:

@@ -1,7 +1,8 @@
 """The operators, and all that torch wants of them from Python: shapes, gradients, tangents, autocast.
 
-``libheedful.so`` defines and computes ``heedful::attention_forward`` and ``heedful::attention_backward``; what their
-arguments mean stands in definition.py. :func:`forward` and :func:`backward` call them by the first way that fits:
+``libheedful.so`` defines ``heedful::attention_forward`` and ``heedful::attention_backward`` and computes them on the
+CPU, ``libheedful_cuda.so`` on GPUs, where there is one; what their arguments mean stands in definition.py.
+:func:`forward` and :func:`backward` call them by the first way that fits:
 
 - torch.compile, torch.export: as operators, with a registered gradient;
 - forward mode, torch.func: in an autograd.Function with setup_context, jvp and vmap, because a registered gradient is
@@ -35,6 +36,26 @@ except OSError as error:
         f"this is torch {torch.__version__}."
     ) from error
 
+CUDA_LIBRARY = LIBRARY.with_name("libheedful_cuda.so")
+
+
+def _load_cuda() -> str:
+    """Loads the kernels for GPUs; returns why not, or nothing where it has."""
+    if not CUDA_LIBRARY.exists():
+        return "this build has no CUDA kernels: nvcc was not found when it was built"
+    if torch.version.cuda is None:
+        return "not loaded: this torch is one without CUDA"
+    if not torch.cuda.is_available():
+        return "not loaded: torch finds no GPU (torch.cuda.is_available() is False)"
+    try:
+        torch.ops.load_library(CUDA_LIBRARY)
+    except OSError as error:
+        return f"not loaded: {error}"
+    return ""
+
+
+NO_CUDA = _load_cuda()  # why kernels for GPUs are not loaded
+
 _forward_op = torch.ops.heedful.attention_forward.default
 _backward_op = torch.ops.heedful.attention_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -50,10 +71,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
 
     arguments: any others of the operator, by name.
     """
-    if not (q.is_cpu or q.is_meta):
+    if not (q.is_cpu or q.is_meta or (q.is_cuda and not NO_CUDA)):
         raise NotImplementedError(
-            f"heedful.attention: q: expected a tensor on the CPU, got one on {q.device}: this build of heedful has "
-            "kernels for the CPU alone. heedful.reference.attention runs on any device; heedful.explain says more"
+            f"heedful.attention: q: expected a tensor on the CPU, got one on {q.device}"
+            f"{f', and kernels for GPUs are not there ({NO_CUDA})' if q.is_cuda else ''}. "
+            "heedful.reference.attention runs on any device; heedful.explain says more"
         )
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, **arguments)

@@ -1,0 +1,125 @@
+"""The operators for GPUs, as far as they show without one: when they are loaded, what they need, what explain says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import heedful
+from heedful import Causal, _info, ops
+
+BUILT = pytest.mark.skipif(not ops.CUDA_LIBRARY.exists(), reason="not built: no nvcc was found")
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16, dim: int = 8) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, 2, 3, dim, dtype=dtype, device="cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """As if kernels were loaded, for a GPU of the capability that the test asks for."""
+    monkeypatch.setattr(ops, "NO_CUDA", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: getattr(request, "param", (9, 0)))
+
+
+def test_a_device_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "NO_CUDA", "not loaded: one reason")
+    q = on_gpu()
+    for function in (heedful.attention, heedful.scaled_dot_product_attention):
+        with pytest.raises(
+            NotImplementedError, match="got one on cuda:0.*one reason.*heedful.reference.attention .*heedful.explain"
+        ):
+            function(q, q, q)
+
+
+def test_explain_says_why_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "NO_CUDA", "not loaded: one reason")
+    found = heedful.explain(*[on_gpu()] * 3)
+    assert found.kernel is None and found.isa is None
+    assert {"cuda/sm80: not loaded: one reason", "cuda/rows: not loaded: one reason"} < set(found.reasons)
+    assert "cpu/baseline: runs on the device cpu only" in found.reasons
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "kernel", "reason"),
+    [
+        (torch.bfloat16, 64, "cuda/sm80", "cuda/rows: cuda/sm80 runs"),
+        (torch.float16, 256, "cuda/sm80", "cuda/rows: cuda/sm80 runs"),
+        (torch.float16, 257, "cuda/rows", "cuda/sm80: takes head dims of up to 256, got 257"),
+        (torch.float32, 64, "cuda/rows", "cuda/sm80: takes bfloat16 and float16 only"),
+        (torch.float64, 64, "cuda/rows", "cuda/sm80: takes bfloat16 and float16 only"),
+    ],
+    ids=str,
+)
+def test_explain_names_the_kernel(dtype: torch.dtype, dim: int, kernel: str, reason: str, gpu: None) -> None:
+    found = heedful.explain(*[on_gpu(dtype, dim)] * 3, mask=Causal(), softcap=3.0)
+    assert found.kernel == kernel and found.isa is None and reason in found.reasons
+    assert f"runs {kernel}, forward and backward" in repr(found)
+
+
+@pytest.mark.parametrize("gpu", [(7, 5)], indirect=True)
+def test_explain_refuses_an_old_gpu(gpu: None) -> None:
+    found = heedful.explain(*[on_gpu()] * 3)
+    assert found.kernel is None
+    assert "cuda/sm80: needs a GPU of compute capability 8.0, this one has 7.5" in found.reasons
+
+
+def test_explain_refuses_sequences_too_long(gpu: None) -> None:
+    q = on_gpu()
+    k = q[:, :, :1].expand(1, 2, 2**30 + 1, 8)
+    found = heedful.explain(q, k, k)
+    assert found.kernel is None and "cuda/rows: takes sequences of up to 2^30 rows" in found.reasons
+
+
+def test_every_reason_not_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "CUDA_LIBRARY", tmp_path / "libheedful_cuda.so")
+    assert "this build has no CUDA kernels" in ops._load_cuda()
+    ops.CUDA_LIBRARY.write_text("no library")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this torch is one without CUDA" in ops._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU" in ops._load_cuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(ops.CUDA_LIBRARY) in ops._load_cuda()
+
+
+@BUILT
+def test_build_info_knows() -> None:
+    assert _info.build_info()["cuda"]
+
+
+@BUILT
+def test_library_loads_without_a_gpu() -> None:
+    """And registers both operators; it has all that it needs in any torch."""
+    code = (
+        "import torch, heedful; from heedful import ops; torch.ops.load_library(ops.CUDA_LIBRARY);"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "assert all(has(f'heedful::attention_{name}', 'CUDA') for name in ('forward', 'backward'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@BUILT
+def test_library_needs_the_stable_abi_alone() -> None:
+    for tool in ("readelf", "nm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} (binutils) is not installed")
+    dynamic = subprocess.run(["readelf", "-dW", ops.CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\) .*\[(.*)\]", dynamic))
+    assert {"libheedful.so", "libtorch_cpu.so"} < needed
+    assert not [name for name in needed if "cuda" in name]
+    assert re.findall(r"\(RUNPATH\) .*\[(.*)\]", dynamic) == ["$ORIGIN"]
+    symbols = ["nm", "-D", "-C", "--undefined-only", ops.CUDA_LIBRARY]
+    undefined = subprocess.run(symbols, capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_" in undefined and "heedful::check_forward" in undefined
+    of_torch = [line for line in undefined.splitlines() if re.search(r"\b(?:at|c10|torch)::", line)]
+    assert [line for line in of_torch if "heedful::" not in line] == []
