@@ -37,20 +37,19 @@ struct Call {
   std::vector<Tensor> kept;
 };
 
-HEEDFUL_EXPORT Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& arguments,
-                                  Memory memory);
-HEEDFUL_EXPORT void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
-                                   const Tensor& out, const Tensor& lse);
+Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& arguments, Memory memory);
+void check_backward(Call& call, const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                    const Tensor& out, const Tensor& lse);
 // That a gradient is asked for only of what was given.
-HEEDFUL_EXPORT void check_wanted(const char* name, bool wanted, const std::optional<Tensor>& tensor);
+void check_wanted(const char* name, bool wanted, const std::optional<Tensor>& tensor);
 
-HEEDFUL_EXPORT torch::headeronly::ScalarType compute_type(DType dtype);
+torch::headeronly::ScalarType compute_type(DType dtype);
 
 // A new [B, H, S, D] tensor with the memory order of `like`: heads inside the sequence where they are so there.
-HEEDFUL_EXPORT Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_t dim);
+Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_t dim);
 
-HEEDFUL_EXPORT View view_of(const Tensor& tensor);
+View view_of(const Tensor& tensor);
 // The same, with strides of 0 where `tensor` has a size of 1.
-HEEDFUL_EXPORT View broadcast_view(const Tensor& tensor);
+View broadcast_view(const Tensor& tensor);
 
 }  // namespace heedful

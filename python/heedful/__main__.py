@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import heedful
-from heedful import _info, selfcheck
+from heedful import _info, ops, selfcheck
 from heedful.explain import Explanation
 
 FAILED, CANNOT_RUN = 1, 2
@@ -110,6 +110,7 @@ def about() -> str:
         "built": [
             f"heedful {built['version']} by {built['compiler']}, for torch {built['torch_target']} and newer",
             f"instruction sets: {', '.join(built['isas'])}",
+            f"kernels for GPUs: {ops.NO_CUDA or 'loaded; so far they have run under emulation only'}",
         ],
         "machine": [
             f"{platform.machine()}, best instruction set of these: {_info.cpu_capability()}",
