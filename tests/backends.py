@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import heedful._info
-from cases import Case
+from cases import PARAMETERS, Case
 
 EMULATED = "cuda-emulated"
 BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", EMULATED)
@@ -71,14 +71,18 @@ def emulated_operators() -> Iterator[None]:
         library._destroy()
 
 
-# Products of numbers that the emulator does in about a tenth of a second, forward and backward.
-MOST_EMULATED_WORK = 1e6
+# The emulator runs cases that take it at most this long, by what one core was measured to take for a pair row by row, for
+# a product of tensor cores, and for a pair in the gradient of a parameter.
+MOST_EMULATED_SECONDS = 0.4
+SECONDS_OF_PAIR, SECONDS_OF_PRODUCT, SECONDS_OF_GRADIENT = 2e-5, 5e-8, 1e-5
 
 
-def emulated_work(case: Case, dtype: torch.dtype) -> float:
-    """The products of numbers in a case's pairs; half precision comes in tiles, of 64 x 32 rows of 64 columns."""
+def emulated_seconds(case: Case, dtype: torch.dtype) -> float:
+    """An estimate of the time of a case, forward and backward."""
     b, hq, _, sq, sk, d, dv = case.sizes
-    half = dtype in (torch.bfloat16, torch.float16)
-    rows, keys, columns = (64, 32, 64) if half and max(d, dv) <= 256 else (1, 1, 1)
-    padded = [math.ceil(n / unit) * unit for n, unit in ((sq, rows), (sk, keys), (d + dv, columns))]
-    return b * hq * math.prod(padded)
+    pairs, width = b * hq * sq * sk, max(d, dv)
+    seconds = SECONDS_OF_GRADIENT * pairs * sum(getattr(case, name) is not None for name in PARAMETERS)
+    if dtype in (torch.bfloat16, torch.float16) and width <= 256:  # tiles of 64 x 32 rows of 64 columns
+        tiles = math.ceil(sq / 64) * math.ceil(sk / 32) * math.ceil((d + dv) / 64)
+        return seconds + SECONDS_OF_PRODUCT * b * hq * tiles * 64**2 * 32
+    return seconds + SECONDS_OF_PAIR * pairs * (1 + width // 64)

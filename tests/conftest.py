@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from backends import BACKENDS, EMULATED, MOST_EMULATED_WORK, Backend, emulated_operators, emulated_work
+from backends import BACKENDS, EMULATED, MOST_EMULATED_SECONDS, Backend, emulated_operators, emulated_seconds
 
 # Kernels give the same bits for any number of threads (test_determinism.py shows it), so one does, and it leaves the
 # other cores to whoever else runs on the machine.
@@ -53,7 +53,7 @@ def _suits_emulator(item: pytest.Item) -> bool:
     if not item.get_closest_marker("emulated"):
         return False
     case = parameters.get("case")
-    return case is None or emulated_work(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_WORK
+    return case is None or emulated_seconds(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_SECONDS
 
 
 @pytest.fixture

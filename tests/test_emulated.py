@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import cases
 import heedful
+import table
 from backends import EMULATED, Backend, emulated_operators
-from cases import build, check, packed
+from cases import Case, build, check, packed
 from functions import normal
 
 
@@ -42,6 +44,18 @@ def test_gradients_by_autograd(emulated: None) -> None:
     want = torch.autograd.grad(heedful.reference.attention(q, k, v, mask=heedful.Causal()).sum(), (q, k, v))
     for x, grad in zip((q, k, v), want, strict=True):
         torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+@pytest.mark.parametrize("name", [*table.FEATURES, "together"])
+def test_same_bits_at_any_timing(name: str, dtype: torch.dtype, emulated: None) -> None:
+    """Each launch has another order of threads and copies."""
+    options = table.TOGETHER if name == "together" else table.FEATURES[name]
+    problem = build(Case(table.SMALL, **options, right=3), dtype)
+    first = problem.results()
+    for _ in range(2):
+        again = problem.results()
+        assert [x for x in first if not torch.equal(first[x], again[x])] == []
 
 
 @pytest.mark.parametrize(
