@@ -14,7 +14,7 @@ namespace heedful {
 
 using torch::stable::Tensor;
 
-// The arguments that forward and backward share, in the schema's order (library.cpp).
+// The arguments that forward and backward share, in the schema's order (schemas.h).
 struct Arguments {
   const std::optional<Tensor>&bias, &scales, &sinks, &slopes, &table, &buckets, &mask, &tiles, &bits, &q_lengths,
       &k_lengths, &q_starts, &q_offsets, &k_offsets, &seed;
