@@ -36,7 +36,6 @@ def test_lengths(queries: int, options: dict, backend: Backend) -> None:
         check(build(case, torch.float32, backend.device))
 
 
-@pytest.mark.emulated
 @DTYPES
 @pytest.mark.parametrize("width", table.WIDTHS)
 def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
@@ -45,7 +44,6 @@ def test_widths(width: int, dtype: torch.dtype, backend: Backend) -> None:
         check(build(Case((1, 2, 1, 66, 19, v_width, width), layouts=("bshd",)), dtype, backend.device))
 
 
-@pytest.mark.emulated
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 32])
 def test_groups_of_query_heads(group: int, backend: Backend) -> None:
     for queries in (1, 3, 20):
@@ -54,7 +52,6 @@ def test_groups_of_query_heads(group: int, backend: Backend) -> None:
             check(build(case, torch.float32, backend.device))
 
 
-@pytest.mark.emulated
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (18, 20), (9, 3)], ids=str)
 def test_every_small_offset(sizes: tuple[int, int], window: tuple[int | None, int | None], backend: Backend) -> None:

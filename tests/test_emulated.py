@@ -11,7 +11,7 @@ import cases
 import heedful
 import table
 from backends import EMULATED, Backend, emulated_operators
-from cases import Case, build, check, packed
+from cases import Case, build, causal, check, packed
 from functions import normal
 
 
@@ -44,6 +44,13 @@ def test_gradients_by_autograd(emulated: None) -> None:
     want = torch.autograd.grad(heedful.reference.attention(q, k, v, mask=heedful.Causal()).sum(), (q, k, v))
     for x, grad in zip((q, k, v), want, strict=True):
         torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
+@pytest.mark.parametrize("width", table.WIDTHS)
+def test_widths(width: int, dtype: torch.dtype, emulated: None) -> None:
+    for d, dv in ((width, 7), (7, width), (width, width)):
+        check(build(causal((1, 2, 1, 3, 17, d, dv)), dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
