@@ -73,7 +73,7 @@ def emulated_operators() -> Iterator[None]:
 
 # The emulator runs cases that take it at most this long, by what one core was measured to take for a pair row by row,
 # for a product of tensor cores, and for a pair in the gradient of a parameter.
-MOST_EMULATED_SECONDS = 0.25
+MOST_EMULATED_SECONDS = 0.15
 SECONDS_OF_PAIR, SECONDS_OF_PRODUCT, SECONDS_OF_GRADIENT = 3e-5, 5e-8, 3e-5
 
 
