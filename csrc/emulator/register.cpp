@@ -52,6 +52,7 @@ class Arrays {
   static int64_t extent(const View& view, const Shape& shape, int64_t element) {
     int64_t last = 0;
     for (size_t n = 0; n < 4; ++n) {
+      if (view.stride[n] == 0) continue;  // broadcast, over nothing too
       if (shape[n] == 0) return 0;
       last += (shape[n] - 1) * view.stride[n];
     }
