@@ -50,15 +50,15 @@ struct alignas(8) Pair {
 // relative to the maximum; a row that met no pair has a sum of 0 and no O.
 struct Partials {
   int64_t rows, pitch, all;  // pitch: of O; all: splits of all sequences of a kv head
-  Pair* states;
   float* out;
+  Pair* states;
 
   HEEDFUL_FN explicit Partials(const Problem& p)
       : rows(most_rows(p)),
         pitch((p.Dv + 7) / 8 * 8),
         all(p.k_offsets ? p.k_rows / Splits::kFewestKeys + p.B : p.B * Splits::most(p)),
-        states(reinterpret_cast<Pair*>(static_cast<char*>(p.workspace) + norm_bytes(p))),
-        out(reinterpret_cast<float*>(states + p.Hk * all * rows)) {}
+        out(reinterpret_cast<float*>(static_cast<char*>(p.workspace) + norm_bytes(p))),
+        states(reinterpret_cast<Pair*>(out + p.Hk * all * rows * pitch)) {}
   HEEDFUL_FN int64_t bytes(const Problem& p) const {
     return p.Hk * all * rows * int64_t(sizeof(Pair) + size_t(pitch) * sizeof(float));
   }

@@ -254,7 +254,7 @@ void plan_forward_of(const Problem& p, cuda::Plan* plan) {
     plan->add({&forward<Config>, task_count(p.B, p.Sq, p.Hq, Config::kQueries), kThreads, Config::kSharedBytes, name});
   };
   if (is_plain(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
-  if (!plan->launch_count) plan_norms<S>(p, plan);  // decode may have planned them already
+  if (!may_decode(p)) plan_norms<S>(p, plan);  // else they are planned already
   plan->workspace_bytes = most(plan->workspace_bytes, size_t(norm_bytes(p)));
   add(ForwardConfig<S, kDim, true>(), "sm80/forward, general");
 }
