@@ -86,10 +86,10 @@ struct Decode {
   const int lane, row0;  // the warp's first row
   const float to_log2;   // what one unit of a score is worth in powers of two
   const uint32_t queries;
-  int query[2], head[2];           // of this lane's rows 8 r + lane / 4; past the last one, as of the last one
+  uint32_t of_row;                 // query and head of the warp's row lane % 16; past the last one, as of the last one
   int covered_first, covered_end;  // the keys that all of the warp's rows see
   float out[1][kColumns][4];
-  float top[2], sum[2];  // of these rows: maximum, and this lane's part of the sum
+  float top[2], sum[2];  // maximum and this lane's part of the sum, of rows 8 r + lane / 4
 
   HEEDFUL_DEVICE explicit Decode(const Problem& problem)
       : p(problem),
@@ -116,12 +116,12 @@ struct Decode {
     if (split() >= splits.count) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = least(row0 + 8 * r + fragment_row(lane), rows - 1);
-      query[r] = query_of(row), head[r] = head_of(row);
       top[r] = -kInfinity<float>, sum[r] = 0;
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) out[0][n][2 * r] = out[0][n][2 * r + 1] = 0;
     }
+    const int row = least(row0 + lane % kRows, rows - 1);
+    of_row = uint32_t(row % group * kFewQueries + query_of(row));
     covered_first = span.first_key(query_of(least(row0 + kRows, rows) - 1)), covered_end = span.end_key(query_of(row0));
     const int first = splits.first + split() * splits.size;
     attend(first, least(first + splits.size, splits.end));
@@ -179,27 +179,30 @@ struct Decode {
     multiply_transposed<S, kDim>(s, q, keys + columns_first<kDim>(lane));
     // f of what a lane has of its row 8 r + lane / 4.
     const auto change = [&](int r, auto f) {
-      float of_row[1][kN][2];
+      float half[1][kN][2];
 #pragma unroll
-      for (int n = 0; n < 2 * kN; ++n) of_row[0][n / 2][n % 2] = s[0][n / 2][2 * r + n % 2];
-      f(of_row);
+      for (int n = 0; n < 2 * kN; ++n) half[0][n / 2][n % 2] = s[0][n / 2][2 * r + n % 2];
+      f(half);
 #pragma unroll
-      for (int n = 0; n < 2 * kN; ++n) s[0][n / 2][2 * r + n % 2] = of_row[0][n / 2][n % 2];
+      for (int n = 0; n < 2 * kN; ++n) s[0][n / 2][2 * r + n % 2] = half[0][n / 2][n % 2];
     };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Corner corner{query[r], j + fragment_column(lane)};
-      const auto scores = [&] { return HeadScores<S>(p, band(), task.b, head[r]); };
+      // NOTE: asked of another lane in each tile anew, for registers' sake.
+      const uint32_t query_and_head = shuffle(of_row, 8 * r + fragment_row(lane));
+      const int query = int(query_and_head % kFewQueries), head = kv_head * group + int(query_and_head / kFewQueries);
+      const Corner corner{query, j + fragment_column(lane)};
+      const auto scores = [&] { return HeadScores<S>(p, band(), task.b, head); };
       change(r, [&](auto& x) {
         if constexpr (kGeneral) {
-          const int32_t tile = mask_tile(p, task.b, head[r], query[r], j);
+          const int32_t tile = mask_tile(p, task.b, head, query, j);
           apply_scores<false>(scores(), band(), span, tile, x, corner);
         }
         if (!covered) mask_band<false>(span, x, corner);
       });
       to_weights(s[0], out[0], r, to_log2, top[r], sum[r]);
       if constexpr (kGeneral)
-        if (has_dropout(p)) change(r, [&](auto& x) { drop(scores(), x, query[r], j); });
+        if (has_dropout(p)) change(r, [&](auto& x) { drop(scores(), x, query, j); });
     }
     multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
   }
