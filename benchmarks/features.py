@@ -6,18 +6,19 @@
     python benchmarks/features.py memory                                peak memory beyond the inputs, a process a row
     python benchmarks/features.py contexts [--threads N]                time and memory of very long contexts
 
-Each prints Markdown tables. Calls are timed in turns in one process, so that they meet the same noise; the best of
-several counts. Run it on a quiet machine.
+Each prints Markdown tables. Every call takes turns with the plain one in one process; its ratio is the median of those
+of neighbours, which a drift of the machine leaves alone, its time the best one. Run it on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,49 +55,57 @@ def features(H: int, S: int) -> dict[str, tuple[Callable[[], dict], list[Tensor]
     }
 
 
-def timed(repeats: int, calls: list[tuple[Callable[[], dict], list[Tensor]]], H: int, S: int, D: int, B: int) -> list:
-    """Seconds of each call, forward and backward."""
+Call = tuple[Callable[[], dict], list[Tensor]]  # the options of a call, and the parameters that want a gradient
+
+
+def beside(plain: Callable[[], object], call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Seconds of the call, the best; the median of its ratios to the plain one right before it."""
+    turns = [in_turns(0, plain, call) for _ in range(repeats + 1)][1:]
+    return min(seconds for _, seconds in turns), statistics.median(b / a for a, b in turns)
+
+
+def rows(calls: dict[str, Call], repeats: int, H: int, S: int, D: int, B: int) -> Iterator[str]:
+    """A row of the table for each call, of which the first one is plain."""
     q, k, v = (torch.randn(B, H, S, D).requires_grad_() for _ in range(3))
-    gradient, graphs = torch.randn(B, H, S, D), []
+    gradient = torch.randn(B, H, S, D)
 
-    def forward(options: Callable[[], dict]) -> Tensor:
-        return heedful.attention(q, k, v, **options())
+    def forward(options: Callable[[], dict]) -> Callable[[], Tensor]:
+        return lambda: heedful.attention(q, k, v, **options())
 
-    def backward(graph: Tensor, parameters: list[Tensor]) -> None:
-        torch.autograd.grad(graph, [q, k, v, *parameters], gradient, retain_graph=True, allow_unused=True)
+    def backward(options: Callable[[], dict], parameters: list[Tensor]) -> Callable[[], object]:
+        out, inputs = forward(options)(), [q, k, v, *parameters]
+        return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True, allow_unused=True)
 
-    graphs = [(forward(options), parameters) for options, parameters in calls]
-    with torch.no_grad():
-        forwards = in_turns(repeats, *(lambda o=options: forward(o) for options, _ in calls))
-    return list(zip(forwards, in_turns(repeats, *(lambda g=graph: backward(*g) for graph in graphs)), strict=True))
+    plain = next(iter(calls.values()))
+    for name, call in calls.items():
+        with torch.no_grad():
+            forwards = beside(forward(plain[0]), forward(call[0]), repeats)
+        backwards = beside(backward(*plain), backward(*call), repeats)
+        yield f"| {name} | " + " | ".join(f"{t * 1e3:.1f} | {ratio:.3f}" for t, ratio in (forwards, backwards)) + " |"
 
 
 def cost(repeats: int) -> None:
     for mask in (None, heedful.Causal()):
-        every = features(SIZES["H"], SIZES["S"])
-        calls = [(lambda m=mask, o=options: {"mask": m, **o()}, parameters) for options, parameters in every.values()]
-        times = timed(repeats, calls, **SIZES)
+        calls = {
+            name: (lambda m=mask, o=options: {"mask": m, **o()}, parameters)
+            for name, (options, parameters) in features(SIZES["H"], SIZES["S"]).items()
+        }
         print(f"\n| {'full' if mask is None else 'causal'} | forward, ms | x plain | backward, ms | x plain |")
         print("|---|---|---|---|---|")
-        for name, (forward, backward) in zip(every, times, strict=True):
-            ratios = forward / times[0][0], backward / times[0][1]
-            print(f"| {name} | {forward * 1e3:.1f} | {ratios[0]:.2f} | {backward * 1e3:.1f} | {ratios[1]:.2f} |")
+        print(*rows(calls, repeats, **SIZES), sep="\n")
 
 
 def blocks(repeats: int) -> None:
     tiles, generator = SIZES["S"] // 64, torch.Generator().manual_seed(0)
-    shares, calls = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0), [(dict, [])]
+    calls: dict[str, Call] = {"no mask": (dict, [])}
     order = torch.randperm(tiles * tiles, generator=generator)
-    for share in shares:
+    for share in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
         kept = (order < share * tiles * tiles).view(tiles, tiles)
         dense = kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
         mask = heedful.BlockMask.from_tensor(dense)
-        calls.append((lambda mask=mask: {"mask": mask}, []))
-    times = timed(repeats, calls, **SIZES)
+        calls[f"{share:.1%}"] = (lambda mask=mask: {"mask": mask}, [])
     print("\n| tiles kept | forward, ms | x no mask | backward, ms | x no mask |\n|---|---|---|---|---|")
-    for name, (forward, backward) in zip(("no mask", *(f"{share:.1%}" for share in shares)), times, strict=True):
-        ratios = forward / times[0][0], backward / times[0][1]
-        print(f"| {name} | {forward * 1e3:.1f} | {ratios[0]:.3f} | {backward * 1e3:.1f} | {ratios[1]:.3f} |")
+    print(*rows(calls, repeats, **SIZES), sep="\n")
 
 
 def long_biases() -> dict[str, Callable[[], object]]:

@@ -324,6 +324,16 @@ def test_unknown_peers_and_rows(
     assert not (tmp_path / "out").exists()
 
 
+def test_no_row_begins_when_time_is_over(
+    in_process: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
+) -> None:
+    options = ["--peers", "torch-flash", "--rows", "f32 causal B1 H8 S128,f16 causal", "--minutes", "0"]
+    assert bench_main(tmp_path, *options) == 0
+    assert "1 of 2 rows were left out: 0 minutes were over." in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["f32 causal B1 H8 S128 D64"]
+
+
 def test_peers_that_are_installed_agree(in_process: Any, threads: None) -> None:
     """Those with a package of their own, on a row that each of them runs."""
     names = [n for n, entry in PEERS.items() if n == OURS or (not entry.missing and entry.packages[0] != "torch")]

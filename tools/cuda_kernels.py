@@ -93,6 +93,7 @@ def shared_bytes(directory: Path) -> dict[str, int]:
         for flag, general in (("plain", "false"), ("general", "true"))
         for function, config, arguments in (
             ("forward", "ForwardConfig", general),
+            ("decode", "DecodeConfig", general),
             ("backward", "BackwardConfig", f"{general}, Side::queries"),
         )
     ]

@@ -2,6 +2,7 @@
 // kernel of float32, float64 and hard attention, and the careful way of the others (see rows.cuh).
 #pragma once
 
+#include "norms.cuh"
 #include "rows.cuh"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -16,9 +17,6 @@ struct QueryStates {
         best(reinterpret_cast<int32_t*>(delta + query_count(p))) {}
   static int64_t bytes(const Problem& p) { return query_count(p) * int64_t(sizeof(C) + sizeof(int32_t)); }
 };
-HEEDFUL_FN int64_t norm_bytes(const Problem& p) {
-  return p.similarity == Similarity::dot ? 0 : (query_count(p) + key_count(p)) * 4 / 16 * 16 + 16;
-}
 
 // One head of one sequence, with what a pair's gradients are made of.
 template <class S>

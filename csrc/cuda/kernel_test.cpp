@@ -90,7 +90,7 @@ void set_timing() {
   machine().order = Order(seed % 3);
 }
 
-void test(const Case& c) {
+void test(const Case& c, bool with_backward = true) {
   set_timing();
   const Call call(c);
   Call expected = call.in_float64(), got = call;
@@ -103,6 +103,7 @@ void test(const Case& c) {
   try {
     run(got, &emulated::plan_forward, false, &name);
     check("out", &Call::out), check("lse", &Call::lse);
+    if (!with_backward) return;
     run(got, &emulated::plan_backward, true, &name);
   } catch (const Fault& fault) {
     return report(false, text() + ": " + fault.what());
@@ -118,14 +119,15 @@ void test(const Case& c) {
 }
 
 // Whatever the timing, the bits are the same.
-void test_same_bits(const Case& c) {
+void test_same_bits(const Case& c, bool with_backward = true) {
   const Call call(c);
   std::vector<std::vector<unsigned char>> first;
   for (int n = 0; n < 3; ++n) {
     set_timing();
     Call got = call;
     std::string name;
-    run(got, &emulated::plan_forward, false, &name), run(got, &emulated::plan_backward, true, &name);
+    run(got, &emulated::plan_forward, false, &name);
+    if (with_backward) run(got, &emulated::plan_backward, true, &name);
     std::vector<std::vector<unsigned char>> all;
     for (Array* x : {&got.out, &got.lse, &got.dq, &got.dk, &got.dv, &got.dbias, &got.dscales, &got.dsinks, &got.dslopes,
                      &got.dtable})
@@ -133,6 +135,24 @@ void test_same_bits(const Case& c) {
     if (n == 0) first = all;
     report(all == first, "other bits at another timing: " + describe(c));
   }
+}
+
+// Whatever else is in its batch, a packed sequence gets the same bits.
+void test_same_bits_alone(const Case& c) {
+  const Call call(c);
+  Call together = call, alone = call;
+  std::string name;
+  run(together, &emulated::plan_forward, false, &name);
+  for (size_t b = 0; b < size_t(c.B); ++b) {
+    Problem p = alone.problem();
+    p.q_offsets += b, p.k_offsets += b, p.B = 1;
+    p.Sq = p.q_offsets[1] - p.q_offsets[0], p.Sk = p.k_offsets[1] - p.k_offsets[0];
+    cuda::Plan plan;
+    emulated::plan_forward(p, &plan);
+    run(plan, p, alone, false);
+  }
+  report(together.out.bytes == alone.out.bytes && together.lse.bytes == alone.lse.bytes,
+         "other bits in another batch: " + describe(c));
 }
 
 // ---- cases ----------------------------------------------------------------------------------------------------------
@@ -180,46 +200,91 @@ void test_offsets() {
 }
 
 // Every feature on its own, and some together.
+std::vector<Case> features_of(const Case& plain) {
+  std::vector<Case> cases;
+  const auto add = [&](auto change) {
+    cases.push_back(plain);
+    change(cases.back());
+  };
+  for (double scale : {-0.3, 0.0, 1e-30}) add([&](Case& c) { c.scale = scale; });
+  for (double softcap : {0.5, 30.0}) add([&](Case& c) { c.softcap = softcap; });
+  for (Per per : {Per::head, Per::sequence}) {
+    add([&](Case& c) { c.scales = per; });
+    add([&](Case& c) { c.sinks = per; });
+    add([&](Case& c) { c.slopes = per; });
+    add([&](Case& c) { c.table = per; });
+  }
+  for (Similarity similarity : {Similarity::cosine, Similarity::gaussian}) {
+    add([&](Case& c) { c.similarity = similarity; });
+    add([&](Case& c) { c.similarity = similarity, c.scales = Per::head; });
+  }
+  if (plain.dtype != DType::f16) add([&](Case& c) { c.similarity = Similarity::cosine, c.zero_rows = true; });
+  for (double dropout : {0.3, 1.0}) add([&](Case& c) { c.dropout = dropout; });
+  for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
+  for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
+  for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
+  for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
+  add([&](Case& c) { c.packed = true; });
+  add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
+  add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });
+  add([&](Case& c) { c.layout = Layout::columns; });
+  add([&](Case& c) { c.layout = Layout::heads_inside; });
+  add([&](Case& c) { c.poison = c.lengths = true; });
+  add([&](Case& c) { c.poison = c.lengths = true, c.mask = "ij"; });
+  add([&](Case& c) { c.poison = true, c.bias = "ij"; });
+  add([&](Case& c) { c.hard = true, c.scale = 0.25; });
+  add([&](Case& c) { c.hard = true, c.scale = 0.25, c.softcap = 30; });
+  add([&](Case& c) { c.hard = true, c.scale = 0.25, c.sinks = Per::head, c.dropout = 0.3; });
+  return cases;
+}
+
 void test_features() {
   for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 5}}) {
     Case plain = square(dtype, 67, D);
     plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = 70, plain.start = 3;
-    std::vector<Case> cases;
-    const auto add = [&](auto change) {
-      cases.push_back(plain);
-      change(cases.back());
-    };
-    for (double scale : {-0.3, 0.0, 1e-30}) add([&](Case& c) { c.scale = scale; });
-    for (double softcap : {0.5, 30.0}) add([&](Case& c) { c.softcap = softcap; });
-    for (Per per : {Per::head, Per::sequence}) {
-      add([&](Case& c) { c.scales = per; });
-      add([&](Case& c) { c.sinks = per; });
-      add([&](Case& c) { c.slopes = per; });
-      add([&](Case& c) { c.table = per; });
-    }
-    for (Similarity similarity : {Similarity::cosine, Similarity::gaussian}) {
-      add([&](Case& c) { c.similarity = similarity; });
-      add([&](Case& c) { c.similarity = similarity, c.scales = Per::head; });
-    }
-    if (dtype != DType::f16) add([&](Case& c) { c.similarity = Similarity::cosine, c.zero_rows = true; });
-    for (double dropout : {0.3, 1.0}) add([&](Case& c) { c.dropout = dropout; });
-    for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
-    for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
-    for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
-    for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
-    add([&](Case& c) { c.packed = true; });
-    add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
-    add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });
-    add([&](Case& c) { c.layout = Layout::columns; });
-    add([&](Case& c) { c.layout = Layout::heads_inside; });
-    add([&](Case& c) { c.poison = c.lengths = true; });
-    add([&](Case& c) { c.poison = c.lengths = true, c.mask = "ij"; });
-    add([&](Case& c) { c.poison = true, c.bias = "ij"; });
-    add([&](Case& c) { c.hard = true, c.scale = 0.25; });
-    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.softcap = 30; });
-    add([&](Case& c) { c.hard = true, c.scale = 0.25, c.sinks = Per::head, c.dropout = 0.3; });
-    for (const Case& c : cases) test(c);
+    for (const Case& c : features_of(plain)) test(c);
   }
+}
+
+// Few queries over keys around the edges of tiles and splits.
+void test_decode() {
+  int n = 0;
+  const auto test_decoding = [](const Case& c, bool timings) {
+    test(c, false);
+    if (timings) test_same_bits(c, false);
+  };
+  for (int64_t Sk : {1, 63, 64, 65, 191, 255, 256, 257, 319, 321, 512, 513, 900})
+    for (int64_t group : {1, 2, 3, 7, 32}) {
+      constexpr int64_t kDims[][2] = {{64, 64}, {40, 24}, {128, 128}, {72, 100}, {256, 256}, {16, 3}, {136, 250}};
+      const auto [D, Dv] = kDims[n % 7];
+      const int64_t Sq = 1 + n % 8;
+      Case c{.dtype = half_type(n / 7), .Hq = group, .Sq = Sq, .Sk = Sk, .D = D, .Dv = Dv, .scale = 0.1};
+      if (n % 2) c.right = 0, c.start = Sk - Sq;
+      if (n % 3 == 0) c.B = 2, c.lengths = c.poison = true;
+      if (n % 4 == 0) c.Hk = 2, c.Hq *= 2, c.layout = Layout(n / 4 % 3);
+      test_decoding(c, n++ % 3 == 0);
+    }
+  for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 21}, {DType::bf16, 160}}) {
+    const Case plain{.dtype = dtype, .B = 2, .Hq = 6, .Hk = 2, .Sq = 3, .Sk = 330, .D = D, .Dv = D, .start = 100};
+    for (const Case& c : features_of(plain)) test_decoding(c, D == 64);
+  }
+  for (int64_t edge : {0, 64, 256, 320, 420})
+    for (int64_t start = edge - 3; start <= edge + 2; ++start)
+      for (int64_t left : {kUnbounded, int64_t{0}, int64_t{63}, int64_t{300}})
+        for (int64_t right : {int64_t{0}, int64_t{17}}) {
+          Case c{.dtype = half_type(n / 2), .Hq = 3, .Sq = 1 + n % 8, .Sk = 420, .D = 64, .Dv = 64, .scale = 0.1};
+          c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
+          if (n++ % 4 == 0) c.bias = "hij";
+          test(c, false);
+        }
+  // Packed, with sequences of more queries, which the forward kernel takes.
+  for (int64_t Sq : {8, 16, 17, 60})
+    for (int64_t Sk : {70, 600}) {
+      Case c{.dtype = half_type(n++), .B = 5, .Hq = 4, .Hk = 2, .Sq = Sq, .Sk = Sk, .D = 64, .Dv = 64, .packed = true};
+      test_decoding(c, true), test_same_bits_alone(c);
+      c.sinks = c.slopes = Per::head, c.bias = "h", c.right = 2, c.start = Sk - Sq, c.similarity = Similarity::cosine;
+      test_decoding(c, true), test_same_bits_alone(c);
+    }
 }
 
 // All features at random.
@@ -280,6 +345,7 @@ int main(int count, char** arguments) {
   stage("shapes", test_shapes);
   stage("offsets", test_offsets);
   stage("features", test_features);
+  stage("decode", test_decode);
   stage("same bits", [] {
     for (DType dtype : {DType::bf16, DType::f16, DType::f32})
       for (int n = 0; n < 4; ++n) test_same_bits(random_case(dtype));

@@ -12,10 +12,11 @@ struct Norms {
   float *q, *k;  // [B, Hq, q_rows], [B, Hk, k_rows]; null where there are none
 
   HEEDFUL_FN explicit Norms(const Problem& p) : q(static_cast<float*>(p.workspace)), k(q + query_count(p)) {}
-  static size_t bytes(const Problem& p) {
-    return p.similarity == Similarity::dot ? 0 : sizeof(float) * size_t(query_count(p) + key_count(p));
-  }
 };
+// What they take of the workspace.
+HEEDFUL_FN int64_t norm_bytes(const Problem& p) {
+  return p.similarity == Similarity::dot ? 0 : (query_count(p) + key_count(p)) * 4 / 16 * 16 + 16;
+}
 
 // A warp takes a row.
 template <class S>

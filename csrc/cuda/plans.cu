@@ -1,11 +1,14 @@
 #include "plans.h"
 #include "ptx.h"
+#include "sm80/decodes.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
 // Each is compiled by a file of its own in instantiate/.
 template <int kDim>
 void plan_forward_sm80(const Problem& p, cuda::Plan* plan);
+template <int kDim>
+void plan_decode_sm80(const Problem& p, cuda::Plan* plan);
 template <int kDim>
 void plan_backward_sm80(const Problem& p, cuda::Plan* plan);
 template <class S>
@@ -27,13 +30,21 @@ void by_storage(const Problem& p, F f) {
   return p.dtype == DType::bf16 ? f(BFloat16()) : f(Float16());
 }
 
+// Sequences of few queries decode, all others take the forward kernel; packed ones may be of both kinds.
+template <int kDim>
+void plan_half(const Problem& p, cuda::Plan* plan) {
+  if (may_decode(p)) plan_decode_sm80<kDim>(p, plan);
+  if (!all_decode(p)) plan_forward_sm80<kDim>(p, plan);
+}
+
 }  // namespace
 
 void plan_forward(const Problem& p, cuda::Plan* plan) {
   const int64_t dim = p.D < p.Dv ? p.Dv : p.D;
-  if (is_half(p) && dim <= 64) return plan_forward_sm80<64>(p, plan);
-  if (is_half(p) && dim <= 128) return plan_forward_sm80<128>(p, plan);
-  if (is_half(p) && dim <= 256) return plan_forward_sm80<256>(p, plan);
+  if (p.B * p.Hq * p.Sq == 0) return;
+  if (is_half(p) && dim <= 64) return plan_half<64>(p, plan);
+  if (is_half(p) && dim <= 128) return plan_half<128>(p, plan);
+  if (is_half(p) && dim <= 256) return plan_half<256>(p, plan);
   by_storage(p, [&](auto number) { plan_forward_rows<decltype(number)>(p, plan); });
 }
 

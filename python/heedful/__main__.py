@@ -144,9 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=_positive, metavar="N", help="turns, of which the best counts")
     bench.add_argument("--quick", action="store_true", help="a few small rows and two turns: does it run?")
     bench.add_argument("--peers", metavar="A,B", help="those to compare with (default: all)")
-    bench.add_argument("--rows", default="", metavar="TEXT", help='rows whose name holds this, such as "bf16 causal"')
+    bench.add_argument(
+        "--rows", default="", metavar="A,B", help='rows whose names hold one of these, such as "bf16 causal"'
+    )
     bench.add_argument("--sweep", action="store_true", help="the sweep beside torch; goes on where it stopped")
-    bench.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop a sweep after these")
+    bench.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="begin no row after these")
     for command in (demo, bench):  # left out, it must not overwrite what was given before the command
         threads = command.add_argument("--threads", type=_positive, default=argparse.SUPPRESS, metavar="N")
         threads.help = "as above"

@@ -41,6 +41,18 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= 99 * 1024);                                  // what sm_86 and sm_89 have
 };
 
+// Decoding: a warp has 16 rows, which are heads of a group as well as queries.
+template <class StorageType, int kPaddedDim, bool kWithEverything>
+struct DecodeConfig {
+  using Storage = StorageType;
+  static constexpr bool kGeneral = kWithEverything;
+  static constexpr int kDim = kPaddedDim, kRows = 16, kKeys = kForwardTile<kDim, kGeneral>.keys;
+  static constexpr int kTileRows = kWarps * kRows;
+  static constexpr uint32_t kQueryBytes = kTileRows * kDim * 2, kKeyBytes = kKeys * kDim * 2;
+  static constexpr uint32_t kSharedBytes = kQueryBytes + 2 * 2 * kKeyBytes;
+  static_assert(kSharedBytes <= 99 * 1024);
+};
+
 // Backward: whose gradients a block has.
 enum class Side { queries, keys, keys_alone, values };  // dQ; dK and dV; dK; dV
 

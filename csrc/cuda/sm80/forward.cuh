@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../rows.cuh"
+#include "decodes.h"
 #include "scores.cuh"
 #include "tiles.cuh"
 
@@ -52,7 +53,7 @@ struct Forward {
   HEEDFUL_DEVICE uint32_t stage(int n) const { return queries + Config::kQueryBytes + n * 2 * Config::kKeyBytes; }
 
   HEEDFUL_DEVICE void run() {
-    if (task.row0 >= own_rows) return;
+    if (task.row0 >= own_rows || decodes(p, own_rows)) return;
     start();
     attend();
     if (hard)
@@ -134,34 +135,10 @@ struct Forward {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) to_weights(s[m], out[m], r, top[m][r], sum[m][r]);
+      for (int r = 0; r < 2; ++r) to_weights(s[m], out[m], r, to_log2, top[m][r], sum[m][r]);
     if constexpr (kGeneral)
       if (has_dropout(p)) drop(head(), s, corner.query, j);
     multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
-  }
-
-  // Scores of half r of 16 rows become weights relative to the new maximum, and earlier results are taken to it.
-  HEEDFUL_DEVICE void to_weights(float (&s)[kN][4], float (&result)[kColumns][4], int r, float& maximum_so_far,
-                                 float& sum_so_far) const {
-    float new_top = maximum_so_far;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) new_top = maximum(new_top, maximum(s[n][2 * r], s[n][2 * r + 1]));
-    new_top = maximum(new_top, shuffle_xor(new_top, 1));
-    new_top = maximum(new_top, shuffle_xor(new_top, 2));
-    const float reference = softmax_reference(new_top, -kInfinity<float>);
-    const float factor = exp2_fast((maximum_so_far - reference) * to_log2);
-    maximum_so_far = new_top;
-    float part = 0;
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; ++e) {
-        s[n][e] = exp2_fast((s[n][e] - reference) * to_log2);
-        part += s[n][e];
-      }
-    sum_so_far = sum_so_far * factor + part;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) result[n][2 * r] *= factor, result[n][2 * r + 1] *= factor;
   }
 
   // ---- results
@@ -277,8 +254,8 @@ void plan_forward_of(const Problem& p, cuda::Plan* plan) {
     plan->add({&forward<Config>, task_count(p.B, p.Sq, p.Hq, Config::kQueries), kThreads, Config::kSharedBytes, name});
   };
   if (is_plain(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
-  plan_norms<S>(p, plan);
-  plan->workspace_bytes = Norms::bytes(p);
+  if (!may_decode(p)) plan_norms<S>(p, plan);  // else they are planned already
+  plan->workspace_bytes = most(plan->workspace_bytes, size_t(norm_bytes(p)));
   add(ForwardConfig<S, kDim, true>(), "sm80/forward, general");
 }
 

@@ -53,16 +53,29 @@ struct TileLoader {
   HEEDFUL_DEVICE void load(uint32_t tile, int first, int end) const {
     const S* x = from + first * view.stride[2];
 #pragma unroll
-    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass, x += kRowsPerPass * view.stride[2]) {
-      // Four rows on, the low three bits of the row have changed by 4.
-      const uint32_t swizzle = kRowsPerPass == 4 && pass % 2 ? 64 : 0;
-      const uint32_t address = tile + (to ^ swizzle) + uint32_t(pass * kRowsPerPass) * kPitch<kDim>;
-      const int present = first + row + pass * kRowsPerPass < end ? columns : 0;
-      if (!kMayBeUnaligned || aligned)
-        copy_async(address, x, 2 * present);
-      else
-        store_shared(address, gather(x, present));
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass, x += kRowsPerPass * view.stride[2])
+      copy<kMayBeUnaligned>(tile, pass, x, first + row + pass * kRowsPerPass < end);
+  }
+  // The same of rows that follow no stride: row n lies `place(n)` numbers after row 0.
+  template <int kRows, bool kMayBeUnaligned, class Place>
+  HEEDFUL_DEVICE void load(uint32_t tile, int first, int end, Place place) const {
+    const S* x = from - row * view.stride[2];
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+      const int n = first + row + pass * kRowsPerPass;
+      copy<kMayBeUnaligned>(tile, pass, x + place(n), n < end);
     }
+  }
+  template <bool kMayBeUnaligned>
+  HEEDFUL_DEVICE void copy(uint32_t tile, int pass, const S* x, bool exists) const {
+    // Four rows on, the low three bits of the row have changed by 4.
+    const uint32_t swizzle = kRowsPerPass == 4 && pass % 2 ? 64 : 0;
+    const uint32_t address = tile + (to ^ swizzle) + uint32_t(pass * kRowsPerPass) * kPitch<kDim>;
+    const int present = exists ? columns : 0;
+    if (!kMayBeUnaligned || aligned)
+      copy_async(address, x, 2 * present);
+    else
+      store_shared(address, gather(x, present));
   }
   HEEDFUL_DEVICE uint4 gather(const S* x, int present) const {
     uint32_t words[4];

@@ -28,8 +28,8 @@ class Settings:
     repeats: int | None = None
     quick: bool = False
     peers: tuple[str, ...] = tuple(PEERS)
-    rows: str = ""  # part of the names of the rows to measure
-    minutes: float = float("inf")  # of a sweep
+    rows: str = ""  # parts of the names of the rows to measure, with commas between them
+    minutes: float = float("inf")  # after which no row begins
 
 
 def run(settings: Settings) -> list[str]:
@@ -45,7 +45,9 @@ def run(settings: Settings) -> list[str]:
             print(f"{name} is {missing}; all peers: {EXTRA}")
     settings.out.mkdir(parents=True, exist_ok=True)
     with _progress(len(chosen) + len(memory)) as show:
-        times, peaks = measure.run(names, chosen, memory, settings.threads, repeats, show)
+        times, peaks = measure.run(names, chosen, memory, settings.threads, repeats, settings.minutes, show)
+    if left := len(chosen) + len(memory) - len(times) - len(peaks):
+        print(f"{left} of {len(chosen) + len(memory)} rows were left out: {settings.minutes:g} minutes were over.")
     found = {
         "machine": report.machine(settings.threads, names),
         "peers": names,
@@ -77,10 +79,10 @@ def run_sweep(settings: Settings) -> list[str]:
     return [f"{cell['name']}, {cell['wrong']}" for cell in cells if "wrong" in cell]
 
 
-def _chosen(every: list[rows.Row], part: str) -> list[rows.Row]:
-    chosen = [row for row in every if part in row.name]
+def _chosen(every: list[rows.Row], parts: str) -> list[rows.Row]:
+    chosen = [row for row in every if any(part in row.name for part in parts.split(","))]
     if not chosen:
-        raise CannotRun(f"heedful bench: --rows: expected part of a name such as {every[0].name!r}, got {part!r}")
+        raise CannotRun(f"heedful bench: --rows: expected part of a name such as {every[0].name!r}, got {parts!r}")
     return chosen
 
 

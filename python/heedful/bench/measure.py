@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .worker import Failed, Worker
 
 PAUSE = 0.005  # seconds between turns: whoever has just run falls asleep
 BUDGET = 15.0  # seconds of a row's turns in one direction
+SLOW = 1.0  # seconds of a call that has one turn only
 LOST = "its results are wrong: "
 
 Found = dict[str, Any]
@@ -101,7 +102,7 @@ class Bench:
             for kind, dtypes in {"products": {row.dtype, "float32"}, "reads": {"read"}}.items():
                 limits[kind] = max(limits[kind], *(asked.ask("limit", what) for what in dtypes))
                 time.sleep(PAUSE)
-            for name in ready:
+            for name in (name for name in ready if turns == 0 or seconds[name] < SLOW):
                 seconds[name] = min(seconds[name], self.workers[name].ask("seconds", direction, timing.BURST))
                 time.sleep(PAUSE)
             turns += 1
@@ -140,13 +141,26 @@ def run(
     long: list[Row],
     threads: int,
     repeats: int,
+    minutes: float,
     progress: Callable[[str, int], None],
 ) -> tuple[list[Found], list[Found]]:
-    """Times of the rows, then peak memory of the long ones; progress gets what is done now, and how many are done."""
+    """Times of the rows, one at least, then peak memory of the long ones, until so many minutes are over.
+
+    progress gets what is done now, and how many are done.
+    """
+    end, done = time.monotonic() + 60 * minutes, 0
+
+    def in_time(some: list[Row]) -> Iterator[tuple[Row, Callable[[str], None]]]:
+        nonlocal done
+        for row in some:
+            if done == 0 or time.monotonic() < end:
+                yield row, lambda text, done=done: progress(text, done)
+            done += 1
+
     with Bench(names, threads, repeats) as bench:
-        times = [bench.row(row, lambda text, i=i: progress(text, i)) for i, row in enumerate(chosen)]
+        times = [bench.row(*each) for each in in_time(chosen)]
     if not long:
         return times, []
     with Bench(names, threads, repeats, frugal=True) as bench:
-        memory = [bench.memory(row, lambda text, i=i: progress(text, i)) for i, row in enumerate(long, len(chosen))]
+        memory = [bench.memory(*each) for each in in_time(long)]
     return times, memory

@@ -1,0 +1,4 @@
+// Decoding of float16 and bfloat16 by mma.sync, head dims up to 128.
+#include "../sm80/decode.cuh"
+
+template void heedful::HEEDFUL_TARGET::plan_decode_sm80<128>(const Problem&, cuda::Plan*);
