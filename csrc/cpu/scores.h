@@ -227,7 +227,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   // Bits of a block mask: a query's word, and where its first key is in there.
   const int64_t *words = t.bits ? t.bits + t.i0 % kMaskTile : nullptr, bit0 = t.j0 % kMaskTile;
   for (int64_t l = 0; l < width; l += n) {
-    Vec<I> first, end, low_word, high_word;
+    Vec<I> first{}, end{}, low_word{}, high_word{};
     const Vec<I> lane_index = iota<I>() + I(l);
     if (queries_in_lanes && banded)
       for (int i = 0; i < n; ++i) {
