@@ -37,7 +37,10 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape).requires_grad_()
 
 
-def features(H: int, S: int) -> dict[str, tuple[Callable[[], dict], list[Tensor]]]:
+Call = tuple[Callable[[], dict], list[Tensor]]  # the options of a call, and the parameters that want a gradient
+
+
+def features(H: int, S: int) -> dict[str, Call]:
     """By name: the options of a call, made anew for each, and the parameters among them that want a gradient."""
     slopes, table, sinks, scale, bandwidth = leaf(H), leaf(32, H), leaf(H), leaf(H), torch.full((H,), 8.0)
     bandwidth.requires_grad_()
@@ -53,9 +56,6 @@ def features(H: int, S: int) -> dict[str, tuple[Callable[[], dict], list[Tensor]
         "Gaussian": (lambda: {"similarity": heedful.Gaussian(bandwidth)}, [bandwidth]),
         "hard": (lambda: {"normalizer": "hard"}, []),
     }
-
-
-Call = tuple[Callable[[], dict], list[Tensor]]  # the options of a call, and the parameters that want a gradient
 
 
 def beside(plain: Callable[[], object], call: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -76,11 +76,12 @@ def rows(calls: dict[str, Call], repeats: int, H: int, S: int, D: int, B: int) -
         out, inputs = forward(options)(), [q, k, v, *parameters]
         return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True, allow_unused=True)
 
-    plain = next(iter(calls.values()))
-    for name, call in calls.items():
+    options, parameters = next(iter(calls.values()))
+    plain_forward, plain_backward = forward(options), backward(options, parameters)
+    for name, (options, parameters) in calls.items():
         with torch.no_grad():
-            forwards = beside(forward(plain[0]), forward(call[0]), repeats)
-        backwards = beside(backward(*plain), backward(*call), repeats)
+            forwards = beside(plain_forward, forward(options), repeats)
+        backwards = beside(plain_backward, backward(options, parameters), repeats)
         yield f"| {name} | " + " | ".join(f"{t * 1e3:.1f} | {ratio:.3f}" for t, ratio in (forwards, backwards)) + " |"
 
 

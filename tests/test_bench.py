@@ -327,7 +327,7 @@ def test_unknown_peers_and_rows(
 def test_no_row_begins_when_time_is_over(
     in_process: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None
 ) -> None:
-    options = ["--peers", "torch-flash", "--rows", "f32 causal B1 H8 S128,f16 causal", "--minutes", "0"]
+    options = ["--peers", "torch-flash", "--rows", "f32 causal B1 H8 S128,bf16 causal", "--minutes", "0"]
     assert bench_main(tmp_path, *options) == 0
     assert "1 of 2 rows were left out: 0 minutes were over." in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "bench.json").read_text())

@@ -39,24 +39,6 @@ struct IntOf<double> {
 template <class T>
 using Int = typename IntOf<T>::type;
 
-// How elements lie in memory, and the type they are computed in.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
 template <int... kLane>
 struct LaneList {};
 template <int kCount, int... kLane>
@@ -82,15 +64,6 @@ struct Carver {
     return piece;
   }
 };
-
-template <class T>
-HEEDFUL_FN T least(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-HEEDFUL_FN T most(T a, T b) {
-  return a < b ? b : a;
-}
 
 template <class T>
 HEEDFUL_FN Vec<T> load(const T* p) {

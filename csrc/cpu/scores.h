@@ -14,9 +14,6 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-template <class C>
-constexpr C kInfinity = C(__builtin_inf());
-
 // Queries [i0, i1) x keys [j0, j1) of one head.
 struct Tile {
   int64_t b, h, i0, i1, j0, j1;
@@ -25,17 +22,6 @@ struct Tile {
 };
 
 enum class InLanes { queries, keys };
-
-// The first element of a row of q, k, v and the like.
-template <class T>
-HEEDFUL_FN T* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
-}
-// The place of a sequence's first query among all of them: [B, Hq, Sq], or [1, Hq, q_rows] when packed.
-HEEDFUL_FN int64_t query_index(const Problem& p, const Band& band, int64_t h) {
-  return (band.batch * p.Hq + h) * p.q_rows + band.q_row;
-}
-HEEDFUL_FN int64_t query_count(const Problem& p) { return (p.q_offsets ? 1 : p.B) * p.Hq * p.q_rows; }
 
 // Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
 // maximum or lse, and that loses least when it is taken before any scale. Whatever is added to scores needs them
@@ -227,7 +213,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
   // Bits of a block mask: a query's word, and where its first key is in there.
   const int64_t *words = t.bits ? t.bits + t.i0 % kMaskTile : nullptr, bit0 = t.j0 % kMaskTile;
   for (int64_t l = 0; l < width; l += n) {
-    Vec<I> first, end, low_word, high_word;
+    Vec<I> first{}, end{}, low_word{}, high_word{};
     const Vec<I> lane_index = iota<I>() + I(l);
     if (queries_in_lanes && banded)
       for (int i = 0; i < n; ++i) {

@@ -5,7 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../cpu/kernel_test_call.h"
+#include "../cpu/kernel_test_cases.h"
+#include "../cpu/kernel_test_check.h"
 #include "../cpu/kernel_test_definition.h"
 #include "../emulator/block.h"
 #include "plans.h"
@@ -17,15 +18,6 @@ using emulator::Fault;
 using emulator::machine;
 using emulator::Order;
 using emulator::Use;
-
-int checks = 0, failures = 0;
-
-void report(bool passed, const std::string& what) {
-  ++checks;
-  if (passed) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // ---- one call -------------------------------------------------------------------------------------------------------
 
@@ -59,23 +51,6 @@ void run(const cuda::Plan& plan, Problem& p, Call& call, bool backward) {
   }
 }
 
-// The largest difference, over the largest value expected or `size`, that of what gradients are differences of.
-void compare(const std::string& name, const char* what, const Case& c, const Array& got, const Array& expected,
-             double size = 1) {
-  if (got.bytes.empty()) return;
-  double error = 0;
-  got.for_each([&](const Shape& at) {
-    const double x = got.get(at), y = expected.get(at);
-    if (std::isfinite(x) && std::isfinite(y))
-      error = std::max(error, std::fabs(x - y)), size = std::max(size, std::fabs(y));
-    else if (x != y && !(std::isnan(x) && std::isnan(y)))
-      error = INFINITY;
-  });
-  constexpr double kAllowed[] = {3e-5, 1e-12, 3e-2, 4e-3};  // by DType
-  report(error <= kAllowed[int(c.dtype)] * size,
-         name + ": " + what + " is off by " + std::to_string(error) + " of " + std::to_string(size));
-}
-
 void run(Call& call, void (*plan_of)(const Problem&, cuda::Plan*), bool backward, std::string* name) {
   Problem p = call.problem();
   cuda::Plan plan;
@@ -96,26 +71,17 @@ void test(const Case& c, bool with_backward = true) {
   Call expected = call.in_float64(), got = call;
   define(expected.problem());
   std::string name;
-  const auto text = [&] { return name + ", seed " + std::to_string(machine().seed) + ": " + describe(c); };
-  const auto check = [&](const char* what, Array Call::* result, double size = 1) {
-    compare(text(), what, c, got.*result, expected.*result, size);
-  };
+  const auto kernel = [&] { return name + ", seed " + std::to_string(machine().seed); };
   try {
     run(got, &emulated::plan_forward, false, &name);
-    check("out", &Call::out), check("lse", &Call::lse);
+    compare_results(kernel(), got, expected);
     if (!with_backward) return;
     run(got, &emulated::plan_backward, true, &name);
   } catch (const Fault& fault) {
-    return report(false, text() + ": " + fault.what());
+    return report(false, kernel() + ": " + describe(c) + ": " + fault.what());
   }
-  check("dq", &Call::dq), check("dk", &Call::dk), check("dv", &Call::dv);
-  // Sums over queries, each rounded on its own, of what scores are made of.
-  const double queries = std::sqrt(double(c.B * c.Sq));
-  check("dbias", &Call::dbias, std::strchr(c.bias, 'i') ? 1 : queries);
-  check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
   // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D.
-  check("dscales", &Call::dscales, queries * double(c.D) * std::max(1.0, std::sqrt(double(c.Dv)) / 4));
-  check("dslopes", &Call::dslopes, queries * double(c.Sk));
+  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4));
 }
 
 // Whatever the timing, the bits are the same.
@@ -199,45 +165,6 @@ void test_offsets() {
       }
 }
 
-// Every feature on its own, and some together.
-std::vector<Case> features_of(const Case& plain) {
-  std::vector<Case> cases;
-  const auto add = [&](auto change) {
-    cases.push_back(plain);
-    change(cases.back());
-  };
-  for (double scale : {-0.3, 0.0, 1e-30}) add([&](Case& c) { c.scale = scale; });
-  for (double softcap : {0.5, 30.0}) add([&](Case& c) { c.softcap = softcap; });
-  for (Per per : {Per::head, Per::sequence}) {
-    add([&](Case& c) { c.scales = per; });
-    add([&](Case& c) { c.sinks = per; });
-    add([&](Case& c) { c.slopes = per; });
-    add([&](Case& c) { c.table = per; });
-  }
-  for (Similarity similarity : {Similarity::cosine, Similarity::gaussian}) {
-    add([&](Case& c) { c.similarity = similarity; });
-    add([&](Case& c) { c.similarity = similarity, c.scales = Per::head; });
-  }
-  if (plain.dtype != DType::f16) add([&](Case& c) { c.similarity = Similarity::cosine, c.zero_rows = true; });
-  for (double dropout : {0.3, 1.0}) add([&](Case& c) { c.dropout = dropout; });
-  for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
-  for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
-  for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
-  for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
-  add([&](Case& c) { c.packed = true; });
-  add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
-  add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });
-  add([&](Case& c) { c.layout = Layout::columns; });
-  add([&](Case& c) { c.layout = Layout::heads_inside; });
-  add([&](Case& c) { c.poison = c.lengths = true; });
-  add([&](Case& c) { c.poison = c.lengths = true, c.mask = "ij"; });
-  add([&](Case& c) { c.poison = true, c.bias = "ij"; });
-  add([&](Case& c) { c.hard = true, c.scale = 0.25; });
-  add([&](Case& c) { c.hard = true, c.scale = 0.25, c.softcap = 30; });
-  add([&](Case& c) { c.hard = true, c.scale = 0.25, c.sinks = Per::head, c.dropout = 0.3; });
-  return cases;
-}
-
 void test_features() {
   for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 5}}) {
     Case plain = square(dtype, 67, D);
@@ -287,38 +214,15 @@ void test_decode() {
     }
 }
 
-// All features at random.
 Case random_case(DType dtype) {
   Case c{.dtype = dtype};
-  const auto dims = [](int64_t absent) {
-    constexpr Dims kAll[] = {"bhij", "hij", "ij", "bij", "bi", "j", "hj", "bh"};
-    return one_in(absent) ? kAll[below(8)] : "";
-  };
-  const auto per = [] { return one_in(3) ? Per(between(1, 2)) : Per::none; };
-  const auto bound = [] { return one_in(3) ? between(-2, 80) : kUnbounded; };
   const bool half = dtype == DType::bf16 || dtype == DType::f16;
   const int64_t longest = half ? 140 : 40, widest = half && one_in(4) ? 150 : 60;
   c.B = between(1, 3), c.Hk = between(1, 2), c.Hq = c.Hk * between(1, 2);
   c.Sq = between(1, one_in(3) ? longest : 40), c.Sk = between(1, one_in(3) ? longest : 40);
-  c.D = between(1, widest), c.Dv = between(1, widest), c.layout = Layout(below(3));
+  c.D = between(1, widest), c.Dv = between(1, widest);
   c.scale = 1 / std::sqrt(double(c.D));
-  c.packed = one_in(3), c.lengths = one_in(3), c.starts = one_in(3), c.poison = one_in(3);
-  c.start = between(-20, 20), c.left = bound(), c.right = bound();
-  c.mask = dims(4), c.bias = dims(3), c.bias_f32 = one_in(2);
-  constexpr Dims kTiles[] = {"ij", "bij", "hij", "bhij"};
-  if (one_in(3)) c.tiles = kTiles[below(4)];
-  if (c.poison && *c.mask) c.mask = "bhij";
-  c.scales = per(), c.sinks = per(), c.slopes = per(), c.table = per();
-  c.similarity = Similarity(below(3)), c.hard = one_in(5);
-  c.dropout_batch = between(1, c.B);
-  if (one_in(3)) c.dropout = 0.4;
-  if (c.hard) {
-    c.scale = 0.25;
-    if (c.similarity == Similarity::cosine) c.similarity = Similarity::dot;
-  } else if (one_in(3)) {
-    c.softcap = 2;
-  }
-  return c;
+  return with_random_features(c);
 }
 
 std::vector<std::string> wanted;  // stages whose names hold one of these; all, where there are none
@@ -365,6 +269,5 @@ int main(int count, char** arguments) {
     stage(std::string("row by row ") + names[int(dtype)], [&] {
       for (int n = 0; n < 100; ++n) test(random_case(dtype));
     });
-  std::printf("%d passed, %d failed\n", checks - failures, failures);
-  return failures != 0;
+  return summary();
 }

@@ -4,34 +4,8 @@
 #include <cmath>
 
 #include "ptx.h"
-//
-#include "../score/target.h"
 
 namespace heedful::HEEDFUL_TARGET {
-
-// The type that a storage type is computed in.
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
-
-template <class C>
-constexpr C kInfinity = C(__builtin_inf());
-
-template <class T>
-HEEDFUL_FN T least(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-HEEDFUL_FN T most(T a, T b) {
-  return a < b ? b : a;
-}
 
 template <class V>
 HEEDFUL_FN V select(bool condition, V a, V b) {

@@ -15,6 +15,8 @@
 
 #pragma nv_diag_suppress 1675  // "unrecognized GCC pragma": those are for CPUs
 
+#include "../score/target.h"
+
 namespace heedful::cuda {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
@@ -51,13 +53,6 @@ HEEDFUL_DEVICE float reciprocal(float x) {
 }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 HEEDFUL_DEVICE float widen(float x) { return x; }
 HEEDFUL_DEVICE double widen(double x) { return x; }

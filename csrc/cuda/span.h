@@ -48,21 +48,4 @@ inline int64_t task_count(int64_t sequences, int64_t rows, int64_t heads, int ro
   return sequences * heads * ((rows + rows_per_block - 1) / rows_per_block);
 }
 
-// The first element of a row of q, k, v and the like.
-template <class T>
-HEEDFUL_FN T* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
-}
-
-// The place of a sequence's first query among all of them: [B, Hq, Sq], or [1, Hq, q_rows] when packed; of its first
-// key.
-HEEDFUL_FN int64_t query_index(const Problem& p, const Band& band, int64_t h) {
-  return (band.batch * p.Hq + h) * p.q_rows + band.q_row;
-}
-HEEDFUL_FN int64_t key_index(const Problem& p, const Band& band, int64_t hk) {
-  return (band.batch * p.Hk + hk) * p.k_rows + band.k_row;
-}
-HEEDFUL_FN int64_t query_count(const Problem& p) { return (p.q_offsets ? 1 : p.B) * p.Hq * p.q_rows; }
-HEEDFUL_FN int64_t key_count(const Problem& p) { return (p.k_offsets ? 1 : p.B) * p.Hk * p.k_rows; }
-
 }  // namespace heedful::HEEDFUL_TARGET

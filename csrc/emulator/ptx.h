@@ -12,6 +12,8 @@
 #define HEEDFUL_KERNEL(threads, blocks)
 #define HEEDFUL_PARAMETER const
 
+#include "../score/target.h"
+
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -76,13 +78,6 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }

@@ -1,26 +1,17 @@
 // Tests of the emulator itself: each instruction against its definition in the PTX manual, written out once more; and
 // faults planted in a kernel, each of which has to be caught by name.
-#include <cstdio>
-
 #include "../cuda/ptx.h"
+#include "../test_report.h"
 
 namespace {
 
 using namespace heedful::emulated;
+using heedful::report;
 using heedful::emulator::Fault;
 using heedful::emulator::machine;
 using heedful::emulator::Order;
 using heedful::emulator::Statistics;
 using heedful::emulator::Use;
-
-int checks = 0, failures = 0;
-
-void report(bool passed, const std::string& what) {
-  ++checks;
-  if (passed) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 // What launching raises; empty where nothing.
 std::string fault_of(const heedful::emulator::Grid& grid, const std::function<void()>& kernel) {
@@ -346,6 +337,5 @@ int main() {
   test_copies();
   test_wavefronts();
   test_planted();
-  std::printf("%d passed, %d failed\n", checks - failures, failures);
-  return failures != 0;
+  return heedful::summary();
 }

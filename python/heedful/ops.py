@@ -81,6 +81,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         return _forward_op(q, k, v, **arguments)
     transformed = _transformed()
     if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *arguments.values())):
+        if arguments:
+            arguments = {name: x for name, x in arguments.items() if x is not None}
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
             q, k, v, arguments = _cast(q, k, v, arguments)
         if not transformed:
@@ -100,7 +102,7 @@ def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
     if torch.compiler.is_compiling():
         return _backward_op(*tensors, **options)
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
-        return _Backward.apply(*tensors, options)
+        return _Backward.apply(*_all_of(BACKWARD_TENSORS, tensors), options)
     with _below_autograd():
         return _backward_op(*tensors, **options)
 
@@ -162,7 +164,7 @@ def _backward_fake(*tensors: Tensor | None, **options: Any) -> Tensors:
 
 
 def _all_of(names: Sequence[str], tensors: Tensors) -> Tensors:
-    """The tensors of a call, those that the dispatcher leaves out because they have their default included."""
+    """The tensors of a call, those that were left out because they have their default included."""
     return *tensors, *(None for _ in range(len(names) - len(tensors)))
 
 
