@@ -174,6 +174,7 @@ void check_table(const Arguments& a, const Tensor& q, Call& call) {
   const int64_t rank = a.table->dim();
   if (rank != 2 && rank != 3) fail("table", "2 dimensions [rows, Hq] or 3 [B, rows, Hq]", text(shape_of(*a.table)));
   p.table_rows = a.table->size(rank - 2);
+  if (p.table_rows == 0) fail("table", "a row at least", text(shape_of(*a.table)));
   p.table = parameter("table", a.table, q, p.table_rows, true, call);
   if (a.buckets->dim() != 1 || a.buckets->size(0) % 2 == 0)
     fail("buckets", "a tensor [2 max_distance + 1]", text(shape_of(*a.buckets)));
@@ -201,6 +202,7 @@ void check_tiles(const Arguments& a, const Tensor& q, Call& call) {
     p.bits = integers("bits", *a.bits, {partial, kMaskTile}, "[partial tiles, 64]", q, call);
   }
   expect_range<int32_t>("tiles", *a.tiles, kEmptyTile, kFirstPartialTile + partial, call);
+  p.end_tile = int32_t(std::min<int64_t>(kFirstPartialTile + partial, INT32_MAX));
   p.tiles = broadcast_view(*a.tiles);
 }
 

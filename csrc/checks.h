@@ -27,7 +27,7 @@ struct Arguments {
 };
 
 // Whether the numbers in tensors may be read here. A GPU's may not: that would wait for all work before this call.
-// There offsets, buckets and tiles are taken as they are.
+// There wrong offsets, buckets and tiles raise nothing: results are wrong then, but kernels stay inside of the tensors.
 enum class Memory { host, device };
 
 // A checked problem, and the tensors that its pointers belong to.

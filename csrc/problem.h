@@ -61,6 +61,7 @@ struct Problem {
   View mask;            // bool [B, Hq, Sq, Sk]
   View tiles;           // int32 [B, Hq, Sq / kMaskTile, Sk / kMaskTile], rounded up: kEmptyTile and so on
   const int64_t* bits;  // [partial tiles, kMaskTile]: bit j of word i is the pair (i, j)
+  int32_t end_tile;     // kFirstPartialTile + their number
 
   // Scores.
   Similarity similarity;

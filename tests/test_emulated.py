@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import cases
 import heedful
@@ -96,10 +97,35 @@ def test_biases_of_packed_sequences_have_one_length(emulated: None) -> None:
         problem.results()
 
 
-@pytest.mark.parametrize("offsets", [[0, 1000], [-3, 4]], ids=str)
-def test_faults_are_errors(offsets: list[int], emulated: None) -> None:
-    """An offset outside of the rows would have a GPU read past them; the emulator says where."""
+WRONG = {
+    "offsets past the end": {"q_offsets": [0, 1000], "k_offsets": [0, 2**62]},
+    "offsets before the first row": {"q_offsets": [-3, 4], "k_offsets": [-(2**62), 4]},
+    "offsets that decrease": {"q_offsets": [4, 1], "k_offsets": [9, -9]},
+    "offsets past a mask's end": {
+        "q_offsets": [0, 4],
+        "k_offsets": [0, 4],
+        "mask": torch.ones(1, 1, 2, 3, dtype=torch.bool),
+    },
+    "buckets": {"buckets": [-1, 3, 2**62], "table": torch.ones(3, 2)},
+    "tiles": {"tiles": torch.tensor([[[[1000]]], [[[-7]]]], dtype=torch.int32), "bits": [[5] * 64]},
+    "tiles without bits": {"tiles": torch.tensor([[[[2]]], [[[2**31 - 1]]]], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=cases.short)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_numbers_stay_inside(name: str, dtype: torch.dtype, emulated: None) -> None:
+    """What no one reads before a launch may be wrong; the emulator would say where a kernel left its tensors."""
+    batch = 2 if name.startswith("tiles") else 1
+    q = normal(batch, 2, 4, 8, dtype=dtype)
+    wrong = {key: x if isinstance(x, Tensor) else torch.tensor(x) for key, x in WRONG[name].items()}
+    out, lse = torch.ops.heedful.attention_forward(q, q, q, **wrong)
+    torch.ops.heedful.attention_backward(out, lse, q, q, q, out, lse, **wrong, table_grad="table" in wrong)
+
+
+def test_faults_are_errors(emulated: None) -> None:
+    """Sequences on top of each other: two blocks write the same rows, and the emulator says where."""
     q = normal(1, 2, 4, 8, dtype=torch.float16)
-    wrong = torch.tensor(offsets)
-    with pytest.raises(RuntimeError, match=r"emulated: .*forward.*out of bounds: global read .*\.cuh:\d+"):
-        torch.ops.heedful.attention_forward(q, q, q, q_offsets=wrong, k_offsets=wrong)
+    twice = torch.tensor([0, 4, 0, 4])
+    with pytest.raises(RuntimeError, match=r"emulated: sm80/.*written twice.*\.cuh:\d+"):
+        torch.ops.heedful.attention_forward(q, q, q, q_offsets=twice, k_offsets=twice)

@@ -237,6 +237,7 @@ struct Call {
     p.left = c.left, p.right = c.right;
     p.mask = view_of(mask, shape_of(c.mask, c.Sq, c.Sk));
     p.tiles = view_of(tiles, shape_of(c.tiles, tile_count(c.Sq), tile_count(c.Sk))), p.bits = integers(bits);
+    p.end_tile = kFirstPartialTile + int32_t(bits.size() / kMaskTile);
     p.scale = c.scale, p.softcap = c.softcap;
     p.similarity = c.similarity;
     p.normalizer = c.hard ? Normalizer::hard : Normalizer::softmax;

@@ -27,7 +27,7 @@ class Arrays {
     input("bias", p.bias, pairs, bytes_of(p.bias_dtype)), input("mask", p.mask, pairs, 1);
     parameter("scales", p.scales, 1), parameter("sinks", p.sinks, 1), parameter("slopes", p.slopes, 1);
     parameter("table", p.table, p.table_rows);
-    input("bits", p.bits, partial_tiles() * kMaskTile * 8);
+    input("bits", p.bits, (p.end_tile - kFirstPartialTile) * kMaskTile * 8);
     const int64_t lse_bytes = sequences * p.Hq * p.q_rows * wide;
     if (backward) {
       input("out", p.out, queries(p.Dv), number), input("lse", p.lse, lse_bytes);
@@ -57,20 +57,6 @@ class Arrays {
       last += (shape[n] - 1) * view.stride[n];
     }
     return (last + 1) * element;
-  }
-  int64_t partial_tiles() const {
-    int32_t most = 0;
-    if (!p_.tiles.data) return 0;
-    for (int64_t b = 0; b < p_.B; ++b)
-      for (int64_t h = 0; h < p_.Hq; ++h)
-        for (int64_t i = 0; i < p_.Sq; i += kMaskTile)
-          for (int64_t j = 0; j < p_.Sk; j += kMaskTile) {
-            const int64_t at[] = {b, h, i / kMaskTile, j / kMaskTile};
-            const auto* tile = static_cast<const int32_t*>(p_.tiles.data);
-            for (int n = 0; n < 4; ++n) tile += at[n] * p_.tiles.stride[n];
-            most = std::max(most, *tile);
-          }
-    return std::max(0, most + 1 - kFirstPartialTile);
   }
 
   void input(const char* name, const void* data, int64_t bytes) {

@@ -20,18 +20,19 @@ template <class C>
 struct DistanceBias {
   C slope;         // 0 where there is none
   const C* table;  // its row n is table[n * stride]; null where there is none
-  int64_t stride, max_distance;
-  const int64_t* buckets;
+  int64_t stride, last_row, max_distance;
+  const int64_t* buckets;  // of rows that no one may have checked
 
   HEEDFUL_FN DistanceBias(const Problem& p, int64_t b, int64_t h)
       : slope(p.slopes.data ? static_cast<const C*>(p.slopes.data)[b * p.slopes.batch_stride + h] : C(0)),
         table(p.table.data ? static_cast<const C*>(p.table.data) + b * p.table.batch_stride + h : nullptr),
         stride(p.Hq),
+        last_row(p.table_rows - 1),
         max_distance(p.max_distance),
         buckets(p.buckets) {}
 
   HEEDFUL_FN int64_t bucket(int64_t distance) const {
-    return buckets[clamp(distance, -max_distance, max_distance) + max_distance];
+    return clamp(buckets[clamp(distance, -max_distance, max_distance) + max_distance], 0, last_row);
   }
   HEEDFUL_FN C value(int64_t distance) const {
     const C far = C(distance < 0 ? -distance : distance);

@@ -12,6 +12,8 @@ namespace heedful::HEEDFUL_TARGET {
 HEEDFUL_FN int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // The band of one sequence. Both ends of a query's keys rise with the query, so a block's keys follow from its ends.
+// Offsets that no one has checked may be anything: rows stay inside of memory, and within the length that Sq and Sk
+// say.
 struct Band {
   int64_t batch, q_row, k_row;  // the first query is row q_row of that batch entry in memory, the first key row k_row
   int64_t q_rows, k_rows;       // the rows there that are this sequence's own
@@ -25,10 +27,10 @@ struct Band {
     left = p.left == kUnbounded ? kUnbounded : clamp(p.left, -kFar, kFar);
     right = p.right == kUnbounded ? kUnbounded : clamp(p.right, -kFar, kFar);
     batch = p.q_offsets ? 0 : b;
-    q_row = p.q_offsets ? p.q_offsets[b] : 0;
-    k_row = p.k_offsets ? p.k_offsets[b] : 0;
-    q_rows = p.q_offsets ? p.q_offsets[b + 1] - q_row : p.Sq;
-    k_rows = p.k_offsets ? p.k_offsets[b + 1] - k_row : p.Sk;
+    q_row = p.q_offsets ? clamp(p.q_offsets[b], 0, p.q_rows) : 0;
+    k_row = p.k_offsets ? clamp(p.k_offsets[b], 0, p.k_rows) : 0;
+    q_rows = p.q_offsets ? clamp(clamp(p.q_offsets[b + 1], 0, p.q_rows) - q_row, 0, p.Sq) : p.Sq;
+    k_rows = p.k_offsets ? clamp(clamp(p.k_offsets[b + 1], 0, p.k_rows) - k_row, 0, p.Sk) : p.Sk;
     queries = p.q_lengths ? clamp(p.q_lengths[b], 0, q_rows) : q_rows;
     keys = p.k_lengths ? clamp(p.k_lengths[b], 0, k_rows) : k_rows;
   }
