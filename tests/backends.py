@@ -13,9 +13,10 @@ import torch
 
 import heedful._info
 from cases import PARAMETERS, Case
+from heedful import ops
 
-EMULATED = "cuda-emulated"
-BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", EMULATED)
+CUDA, EMULATED = "cuda", "cuda-emulated"
+BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", EMULATED, CUDA)
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # each machine runs those up to its own capability
 
 # The CUDA kernels' operators on the CPU (CMakeLists.txt, HEEDFUL_EMULATED_TEST), which no wheel has.
@@ -42,6 +43,8 @@ class Backend:
 
     def missing(self) -> str | None:
         """Why this machine cannot run the backend, or None where it can."""
+        if self.name == CUDA:
+            return ops.NO_CUDA or None
         if self.name == EMULATED:
             return None if EMULATED_LIBRARY.exists() else f"not built: there is no {EMULATED_LIBRARY}"
         built = heedful._info.build_info()["isas"]

@@ -8,20 +8,25 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 
-from backends import BACKENDS, EMULATED, MOST_EMULATED_SECONDS, Backend, emulated_operators, emulated_seconds
+from backends import BACKENDS, CUDA, EMULATED, MOST_EMULATED_SECONDS, Backend, emulated_operators, emulated_seconds
 from table import TILES
 
 # Kernels give the same bits for any number of threads (test_determinism.py shows it), so one does, and it leaves the
 # other cores to whoever else runs on the machine.
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile("ci", max_examples=150, deadline=None, print_blob=True)
-hypothesis.settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True)
-hypothesis.settings.load_profile(os.environ.get("HEEDFUL_HYPOTHESIS", "ci"))
+try:
+    import hypothesis
+except ImportError:  # benchmarks/gpu_report.py's machines have torch and pytest alone
+    hypothesis = None
+    collect_ignore = ["test_blocks.py", "test_random.py"]
+else:
+    hypothesis.settings.register_profile("ci", max_examples=150, deadline=None, print_blob=True)
+    hypothesis.settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True)
+    hypothesis.settings.load_profile(os.environ.get("HEEDFUL_HYPOTHESIS", "ci"))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -34,7 +39,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         with emulated_operators():
             yield chosen
         return
-    monkeypatch.setenv("HEEDFUL_CPU_ISA", chosen.isa)
+    if chosen.isa:
+        monkeypatch.setenv("HEEDFUL_CPU_ISA", chosen.isa)
     yield chosen
 
 
@@ -53,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _loses_small_weights(item: pytest.Item) -> bool:
     """Bounds are relative to each value; CPU kernels hold weights in float32."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") != EMULATED or parameters.get("dtype") is not torch.float16:
+    if parameters.get("backend") not in (CUDA, EMULATED) or parameters.get("dtype") is not torch.float16:
         return False
     case = parameters.get("case")
     return case is not None and case.sizes == TILES and case.softcap is None and (case.gain == 8.0 or case.scale == 3.0)
@@ -63,7 +69,7 @@ def _suits_emulator(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if parameters.get("backend") != EMULATED:
         return True
-    if not item.get_closest_marker("emulated"):
+    if not item.get_closest_marker("cuda_kernels"):
         return False
     case = parameters.get("case")
     return case is None or emulated_seconds(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_SECONDS
@@ -117,7 +123,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print what repeats this run, and the geometric means of the precision ratios that it has measured."""
     seed, profile = config.option.hypothesis_seed, os.environ.get("HEEDFUL_HYPOTHESIS", "ci")
     terminalreporter.section("random cases")
-    terminalreporter.write_line(f"torch {torch.__version__}  HEEDFUL_HYPOTHESIS={profile}  --hypothesis-seed={seed}")
+    line = f"HEEDFUL_HYPOTHESIS={profile}  --hypothesis-seed={seed}" if hypothesis else f"none: left {collect_ignore}"
+    terminalreporter.write_line(f"torch {torch.__version__}  {line}")
     if PRECISION:
         terminalreporter.section("rms error / torch's in the same dtype, geometric means (at most 1.0)")
         for line in PRECISION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from table import WINDOWS, together
 DTYPES = pytest.mark.parametrize("dtype", cases.FULL_DTYPES, ids=cases.short)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @DTYPES
 @pytest.mark.parametrize("case", [*table.TABLE, *table.EMPTY], ids=str)
 def test_table(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
@@ -80,7 +81,7 @@ def test_bias_gradient_of_every_broadcast_shape(shape: str, backend: Backend) ->
             check(build(case, dtype, backend.device))
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_float32_bias_beside_float64(backend: Backend) -> None:
     """A float32 bias serves every dtype; its gradient is float32 too, and as good as that allows."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", holes=0.1), torch.float64, backend.device)
@@ -93,7 +94,7 @@ def test_float32_bias_beside_float64(backend: Backend) -> None:
     torch.testing.assert_close(dbias.double().cpu(), truth.values["dbias"], rtol=2e-7, atol=1e-7)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("layout", ["scalar", "expand_s", "expand_d", "bhds", "strided", "bshd", "negated"])
 def test_gradients_arrive_in_any_layout(layout: str, backend: Backend) -> None:
     """dout and dlse as autograd hands them over: expanded from one number, transposed, sliced."""
@@ -106,7 +107,7 @@ def test_gradients_arrive_in_any_layout(layout: str, backend: Backend) -> None:
     check(problem)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_saved_results_in_any_layout(backend: Backend) -> None:
     """The op called directly takes out and lse as they come, strided and not contiguous."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17)), torch.float32, backend.device)
@@ -118,7 +119,33 @@ def test_saved_results_in_any_layout(backend: Backend) -> None:
     check(problem, dict(zip(("dq", "dk", "dv"), gradients[:3], strict=True)))
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+def test_rows_far_apart(dtype: torch.dtype, backend: Backend, tmp_path: Path) -> None:
+    """The last row begins past 2^32 elements: a file says so, of which a few pages exist."""
+    if backend.device != "cpu":
+        pytest.skip(f"{backend.name}: a file lies in the CPU's memory")
+    problem = build(causal((1, 2, 2, 3, 5, 8, 16), bias="hqk"), dtype)
+    tensors = {name: getattr(problem, name) for name in ("q", "k", "v", "dout")} | {"bias": problem.options["bias"]}
+    for name, x in tensors.items():
+        heads, rows, width = x.shape[1:]
+        step = 2**32 // (rows - 1) + heads * width
+        size = rows * step
+        memory = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
+        far = memory.as_strided(x.shape, (size, width, step, 1)).copy_(x)
+        assert (rows - 1) * far.stride(2) > 2**32
+        if name == "bias":
+            problem.options[name] = far
+        else:
+            setattr(problem, name, far)
+    try:
+        check(problem)
+    finally:
+        for name in tensors:
+            (tmp_path / name).unlink()
+
+
+@pytest.mark.cuda_kernels
 def test_without_a_gradient_of_lse(backend: Backend) -> None:
     """dlse=None is a gradient of zero."""
     problem = build(causal((2, 4, 2, 35, 70, 24, 17), bias="hqk", sinks="h"), torch.float32, backend.device)
@@ -131,7 +158,7 @@ def test_without_a_gradient_of_lse(backend: Backend) -> None:
     check(problem)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("wanted", [(), *((name,) for name in cases.PARAMETERS), ("sinks", "table")], ids="+".join)
 @pytest.mark.parametrize("sizes", [(2, 2, 1, 19, 23, 8, 8), (1, 2, 2, 70, 150, 8, 8)], ids=str)
 def test_parameters_that_want_a_gradient(sizes: tuple, wanted: tuple[str, ...], backend: Backend) -> None:
@@ -224,7 +251,7 @@ FAST = (
 )
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("case", FAST, ids=str)
 def test_gradcheck_fast(case: Case, backend: Backend) -> None:
     gradcheck_case(case, backend.device, fast_mode=True)

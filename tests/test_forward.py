@@ -31,7 +31,7 @@ def check_forward(problem: Problem) -> None:
     check(problem, dict(zip(("out", "lse"), problem.forward(), strict=True)))
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @DTYPES
 @pytest.mark.parametrize("case", table.EMPTY, ids=str)
 def test_nothing_to_attend_to(case: Case, dtype: torch.dtype, backend: Backend, dirty_memory: None) -> None:
@@ -54,7 +54,7 @@ def test_lengths(queries: int, options: dict, backend: Backend) -> None:
         check_forward(build(case, torch.float32, backend.device))
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_far_positions(backend: Backend) -> None:
     """Positions and windows near the ends of 64-bit integers must not wrap around."""
     far = 2**62

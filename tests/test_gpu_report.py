@@ -68,6 +68,23 @@ def test_a_command_that_fails_says_how(report: ModuleType) -> None:
         report.output(sys.executable, "-c", "print('why'); raise SystemExit(3)")
 
 
+def test_the_suite_on_cuda_is_found(report: ModuleType, monkeypatch) -> None:
+    """By the backend's name in the tests' names, and no other backend's."""
+    commands = []
+    monkeypatch.setattr(report, "output", lambda *command, **options: commands.append(command) or "last line")
+    report.tests()
+    (command,) = commands
+    tests = SCRIPT.parent.parent / "tests"
+    selected = subprocess.run(
+        [*command, "--collect-only", "-p", "no:cacheprovider", tests / "test_forward.py", tests / "test_cuda.py"],
+        capture_output=True, text=True, check=True, cwd=tests,
+    ).stdout  # fmt: skip
+    names = [line for line in selected.splitlines() if "::" in line]
+    assert any("test_cuda.py" in name for name in names) and any("[cuda]" in name for name in names)
+    assert all("test_cuda.py" in name or "[cuda]" in name or "[cuda-" in name for name in names)
+    assert not any("emulated" in name or "cpu-" in name for name in names)
+
+
 def test_speed_table(report: ModuleType, monkeypatch) -> None:
     """Rates, ratios to the best of torch's and reasons, from times."""
     from heedful.bench.rows import Row

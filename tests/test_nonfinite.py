@@ -158,7 +158,7 @@ def test_planted_beside_features(kind: str, target: str, dtype: torch.dtype, bac
         check_reach(planted(problem, target, at, value), arrives=kind not in CHOOSY)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "gaussian"])
 @pytest.mark.parametrize("name", ["scales", "sinks", "slopes", "table"])
 def test_planted_in_parameters(name: str, similarity: str, backend: Backend) -> None:
@@ -186,7 +186,7 @@ def test_planted_in_packed_sequences(backend: Backend) -> None:
         check_reach(dirty)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_rows_outside_of_packed_sequences_may_hold_anything(backend: Backend) -> None:
     for similarity in ("dot", "cosine", "gaussian"):
         case = packed((4, 2), (5, 6), (70, 130), (0, 5), (9, 9), similarity=similarity, outside=3)
@@ -203,7 +203,7 @@ def test_rows_outside_of_packed_sequences_may_hold_anything(backend: Backend) ->
         assert (results["dq"][:, :, queries] == 0).all() and (results["dk"][:, :, keys] == 0).all()
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
 @DTYPES
 def test_a_masked_row_has_no_gradient_of_its_own(dtype: torch.dtype, similarity: str, backend: Backend) -> None:
@@ -248,7 +248,7 @@ def test_the_truth_is_pair_by_pair() -> None:
         torch.testing.assert_close(combine(weights, rows, present), want, equal_nan=True)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @VALUES
 @pytest.mark.parametrize("target", ["q", "k", "v", "dout", "dlse", "bias"])
 @pytest.mark.parametrize("band", [(None, 0, 3), (3, 1, 2), (None, None, 0)], ids=str)
@@ -295,7 +295,7 @@ def spoiled(x: Tensor, rows: Iterable[int], value: float) -> Tensor:
     return x
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38], ids=str)
 @DTYPES
 def test_padding_may_hold_anything(dtype: torch.dtype, value: float, backend: Backend) -> None:
@@ -314,7 +314,7 @@ def test_padding_may_hold_anything(dtype: torch.dtype, value: float, backend: Ba
     check(dirty, truth=clean.truth())
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 @DTYPES
 @pytest.mark.parametrize("kind", [name for name, case in MASKS.items() if case.left is not None or case.right == 0])
 def test_values_beside_the_band_may_overflow(kind: str, dtype: torch.dtype, backend: Backend) -> None:
@@ -333,7 +333,7 @@ def test_values_beside_the_band_may_overflow(kind: str, dtype: torch.dtype, back
     check(dirty, truth=clean.truth())
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_rows_with_nothing_ignore_every_gradient(backend: Backend) -> None:
     """All of dout and dlse is NaN at rows that attend to nothing: no gradient notices, nor is any but zero there."""
     case = Case((2, 2, 1, 70, 150, 8, 8), right=0, q_start=-5, k_lengths=(150, 60), bias="bhqk", mask="bhqk")
@@ -348,7 +348,7 @@ def test_rows_with_nothing_ignore_every_gradient(backend: Backend) -> None:
     assert (results["dq"][dead] == 0).all() and (results["dbias"][dead] == 0).all()
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_a_score_of_minus_infinity_is_absent(backend: Backend) -> None:
     """Whatever made it: here q . k itself. Its value, a NaN, reaches nobody."""
     problem = build(Case((1, 1, 1, 70, 150, 4, 4)), torch.float32, backend.device)
@@ -360,7 +360,7 @@ def test_a_score_of_minus_infinity_is_absent(backend: Backend) -> None:
     check(problem, results)
 
 
-@pytest.mark.emulated
+@pytest.mark.cuda_kernels
 def test_a_row_all_of_minus_infinity_is_empty(backend: Backend) -> None:
     problem = build(Case((1, 1, 1, 20, 70, 4, 4)), torch.float32, backend.device)
     problem.q[..., 0] = 1.0
