@@ -2,11 +2,11 @@
 // for all query heads that share them. A task is one chunk of keys of one key/value head; its rows are the queries of
 // every head of the group. K and V are read row by row, where they lie, with the head dim in vector lanes:
 //
-//   S[row][key]  = sum_d   Q[row][d] * K[key][d]       n keys at a time, whose lanes are added up by a transpose
+//   S[row][key]  = sum_d   Q[row][d] * K[key][d]       kPairs at a time, whose lanes are added up together
 //   O[row][d]   += sum_key P[row][key] * V[key][d]     rescaled when a row's maximum rises
 //
-// Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order. Chunks are cut at multiples of kChunk,
-// so that they depend on the sequence alone.
+// Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
+// at multiples of kChunk, so that they depend on the sequence alone.
 #pragma once
 
 #include "embedding.h"
@@ -31,6 +31,9 @@ struct Decode {
   static constexpr int n = kLanes<C>;
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
+  // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
+  // registers. What is loaded of K and V serves up to four rows.
+  static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
 
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
@@ -83,16 +86,14 @@ struct Decode {
     return carve.size;
   }
 
-  // Whole vectors are read where they lie, however far apart the rows: each is read once.
-  static bool in_place(const View& view, int64_t dim) {
-    return sizeof(S) == sizeof(C) && view.stride[3] == 1 && dim % n == 0;
-  }
+  // Whole vectors are read where they lie, however far apart the rows.
+  static bool in_place(const View& view, int64_t dim) { return view.stride[3] == 1 && dim % n == 0; }
 
   // Adds its phases, scratch and workspace to a plan.
   static void plan(const Problem& p, Plan* plan) {
     Scratch s;
     plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p), &run};
-    plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
+    if (chunks(p) > 1) plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
     plan->scratch_bytes = most(plan->scratch_bytes, carve(p, nullptr, &s));
     plan->workspace_bytes = most(plan->workspace_bytes, workspace_bytes(p));
   }
@@ -112,6 +113,8 @@ struct Decode {
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
         !all_finite<C, C>(d.part.sum, 0, 1, 1, d.rows()))
       d.attend(true);
+    if (own_chunks(band) == 1)
+      for (int64_t g = 0; g < heads_per_group(p); ++g) join_head(p, band, b, d.head(g));
   }
 
   const Problem& p;
@@ -150,11 +153,6 @@ struct Decode {
     }
   }
 
-  Rows<C> rows_of(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
-    const S* data = row_of<const S>(view, band.batch, hk, band.k_row + j0);
-    return load_rows<C>(packed, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width);
-  }
-
   // Keys [j0, j1) of one tile of a block mask.
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
@@ -165,48 +163,84 @@ struct Decode {
       any = find_masks(p, &tile);
     }
     if (!any) return;
-    const int64_t dim = padded<C>(embedded_dim(p));
-    const Rows<C> k = rows_of(p.k, s.k, p.D, dim, j0, j1);
-    if (s.k) embed_rows(p, Role::key, s.k, dim, keys, C(1));
-    const Rows<C> v = rows_of(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
-    for (int64_t j = 0; j < keys; j += n) score_keys(k, v, j, least<int64_t>(n, keys - j));
+    score_keys(j0, j1);
     for (int64_t g = 0; g < heads_per_group(p); ++g) {
       Tile tile = tile_of(g);
       const bool empty = !find_masks(p, &tile);
       finish_scores(tile, empty, g * queries, width, careful);
     }
-    if (careful)
-      add_values_carefully(v, keys);
-    else
-      multiply<Onto::c, C, Unit::k>({s.scores, kKeys}, 0, rows(), v.data, v.stride, part.out, padded<C>(p.Dv),
-                                    padded<C>(p.Dv), part.out, WholeSum{keys});
+    const Source<S> v = source(p.v, j0);
+    const int64_t dim = padded<C>(p.Dv);
+    if (!s.v) return add_values(Rows<S>{v.data, v.row_stride}, keys, careful);
+    load_tile<C>(s.v, dim, v, keys, p.Dv, dim, C(1));
+    add_values(Rows<C>{s.v, dim}, keys, careful);
   }
 
-  // Products of all rows with up to n keys, beginning with the block's key j; lanes beyond `count` are taken out later.
-  HEEDFUL_FN void score_keys(const Rows<C>& k, const Rows<C>& v, int64_t j, int64_t count) const {
-    const int64_t dim = padded<C>(embedded_dim(p));
-    for (int64_t i = 0; i < count; ++i)  // V is next: its rows come into the second cache meanwhile
-      for (int64_t d = 0; d < p.Dv; d += 64 / int64_t(sizeof(C)))
-        __builtin_prefetch(v.data + (j + i) * v.stride + d, 0, 2);
-    const C* row[n];
-    for (int i = 0; i < n; ++i) row[i] = k.data + (j + (i < count ? i : 0)) * k.stride;
-    for (int64_t r = 0; r < rows(); ++r) {
+  Source<S> source(const View& view, int64_t j) const {
+    return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
+  }
+
+  // ---- scores
+
+  void score_keys(int64_t j0, int64_t j1) const {
+    const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0;
+    const Source<S> k = source(p.k, j0);
+    if (!s.k) return score_rows(Rows<S>{k.data, k.row_stride}, dim, j0, keys);
+    load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
+    embed_rows(p, Role::key, s.k, dim, keys, C(1));
+    score_rows(Rows<C>{s.k, dim}, dim, j0, keys);
+  }
+
+  template <class E>
+  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t j0, int64_t keys) const {
+    for (int64_t j = 0; j < keys; j += kPairs) {
+      const int64_t end = least<int64_t>(j + kPairs, keys);
+      prefetch(p.v, p.Dv, j0 + j, j0 + end);                 // V is next
+      prefetch(p.k, p.D, j0 + kKeys + j, j0 + kKeys + end);  // then the next block
+      int64_t r = 0;
+      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end);
+      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end), r += 2;
+      if (r < rows()) score_step<1>(k, dim, r, j, end);
+    }
+  }
+
+  // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
+  template <int kR, class E>
+  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end) const {
+    constexpr int kJ = kPairs / kR;
+    for (; j < end; j += kJ) {
+      const E* key[kJ];
+#pragma GCC unroll 16
+      for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
       const C* q = s.q + r * dim;
-      Vec<C> sum[n];
+      Vec<C> sum[kPairs];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) sum[i] = Vec<C>{};
+      for (int x = 0; x < kPairs; ++x) sum[x] = Vec<C>{};
       for (int64_t d = 0; d < dim; d += n) {
-        const Vec<C> x = load(q + d);
+        Vec<C> x[kJ];
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) sum[i] += x * load(row[i] + d);
-      }
-      transpose<C>(sum);
-      // In pairs, so that the chain of additions is short.
+        for (int i = 0; i < kJ; ++i) x[i] = load_as(key[i] + d, C());
 #pragma GCC unroll 4
-      for (int step = 1; step < n; step *= 2)
+        for (int row = 0; row < kR; ++row) {
+          const Vec<C> y = load(q + row * dim + d);
 #pragma GCC unroll 16
-        for (int i = 0; i + step < n; i += 2 * step) sum[i] += sum[i + step];
-      store(s.scores + r * kKeys + j, sum[0]);
+          for (int i = 0; i < kJ; ++i) sum[row * kJ + i] += x[i] * y;
+        }
+      }
+      C scores[kPairs];
+#pragma GCC unroll 8
+      for (int x = 0; x < kPairs; x += n) store(scores + x, sum_each<C>(sum + x));
+#pragma GCC unroll 4
+      for (int row = 0; row < kR; ++row)
+        __builtin_memcpy(s.scores + (r + row) * kKeys + j, scores + row * kJ, kJ * sizeof(C));
+    }
+  }
+
+  // Rows of keys [j0, j1) come into the second cache.
+  HEEDFUL_FN void prefetch(const View& view, int64_t dim, int64_t j0, int64_t j1) const {
+    for (int64_t j = j0; j < least(j1, band.keys); ++j) {
+      const S* row = source(view, j).data;
+      for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
     }
   }
 
@@ -227,8 +261,7 @@ struct Decode {
       for (int64_t j = keys; j < width; ++j) x[j] = -kInfinity<C>;
       Vec<C> top = broadcast<C>(part.maximum[row + i]);
       for (int64_t j = 0; j < width; j += n) top = maximum(load(x + j), top);
-      C highest = top[0];
-      for (int l = 1; l < n; ++l) highest = highest < top[l] ? top[l] : highest;
+      const C highest = highest_lane<C>(top);
       const Vec<C> reference = softmax_reference(broadcast<C>(highest), minus_infinity);
       const Vec<C> factor = exp2_or_zero<C>((broadcast<C>(part.maximum[row + i]) - reference) * to_log2);
       if (highest != part.maximum[row + i])
@@ -247,15 +280,65 @@ struct Decode {
     if (s.parts.keep && !empty) drop(scores, kKeys, s.parts.keep, width, queries);
   }
 
-  // Absent pairs, marked by -1, are left out one by one; the rest is added up in the order of `multiply`.
-  void add_values_carefully(const Rows<C>& v, int64_t keys) const {
+  // ---- values
+
+  template <class E>
+  HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t keys, bool careful) const {
+    if (careful) return add_values_carefully(v, keys);
+    int64_t r = 0;
+    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r);
+    if (r + 2 <= rows()) add_values_to<2>(v, keys, r), r += 2;
+    if (r < rows()) add_values_to<1>(v, keys, r);
+  }
+
+  // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
+  template <int kR, int kV = kPairs / kR, class E>
+  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d = 0) const {
+    const int64_t dim = padded<C>(p.Dv);
+    for (; d + kV * n <= dim; d += kV * n) add_values_step<kR, kV>(v, keys, r, d);
+    if constexpr (kV > 1)
+      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d);
+  }
+
+  template <int kR, int kV, class E>
+  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d) const {
+    const int64_t dim = padded<C>(p.Dv);
+    Vec<C> sum[kR][kV];
+#pragma GCC unroll 4
+    for (int row = 0; row < kR; ++row)
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
+    const C* prob = s.scores + r * kKeys;
+    const E* value = v.data + d;
+    for (int64_t j = 0; j < keys; ++j, value += v.stride) {
+      Vec<C> x[kV];
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) x[i] = load_as(value + i * n, C());
+#pragma GCC unroll 4
+      for (int row = 0; row < kR; ++row) {
+        const Vec<C> y = broadcast<C>(prob[row * kKeys + j]);
+#pragma GCC unroll 16
+        for (int i = 0; i < kV; ++i) sum[row][i] += y * x[i];
+      }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kR; ++row) {
+      C* to = part.out + (r + row) * dim + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
+    }
+  }
+
+  // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
+  template <class E>
+  HEEDFUL_FN void add_values_carefully(const Rows<E>& v, int64_t keys) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t r = 0; r < rows(); ++r)
       for (int64_t d = 0; d < dim; d += n) {
         Vec<C> sum = {};
         for (int64_t j = 0; j < keys; ++j) {
           const C prob = s.scores[r * kKeys + j];
-          if (!(prob < 0)) sum += prob * load(v.data + j * v.stride + d);
+          if (!(prob < 0)) sum += prob * load_as(v.data + j * v.stride + d, C());
         }
         store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
       }
@@ -266,9 +349,13 @@ struct Decode {
   // out = sum of the chunks' O, each relative to the maximum of all, over the sum of their sums; a sink is one more
   // sum. O is added up in the first chunk's.
   static void join(const Problem& p, int64_t task, void*) {
-    const int64_t b = task / p.Hq, h = task % p.Hq, hk = h / heads_per_group(p), g = h % heads_per_group(p);
+    const int64_t b = task / p.Hq, h = task % p.Hq;
     const Band band(p, b);
-    if (!decodes(p, band)) return;
+    if (decodes(p, band) && own_chunks(band) > 1) join_head(p, band, b, h);
+  }
+
+  static void join_head(const Problem& p, const Band& band, int64_t b, int64_t h) {
+    const int64_t hk = h / heads_per_group(p), g = h % heads_per_group(p);
     const int64_t dim = padded<C>(p.Dv), parts = own_chunks(band);
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     const double unit = score_unit(p);

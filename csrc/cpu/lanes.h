@@ -100,12 +100,22 @@ HEEDFUL_FN bool any(V mask) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); ++i) bits |= mask[i];
   return bits != 0;
 }
-// The sum of all lanes, in a fixed order.
-template <class T>
+// Of all lanes, in a fixed order: halves are joined until one lane is left.
+template <int kStep, class V, int... kLane>
+HEEDFUL_FN V other_half(V v, LaneList<kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
+template <class T, int kStep = kLanes<T> / 2>
 HEEDFUL_FN T sum_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  v += other_half<kStep>(v, typename LanesUpTo<kLanes<T>>::list{});
+  if constexpr (kStep > 1) return sum_lanes<T, kStep / 2>(v);
+  return v[0];
+}
+template <class T, int kStep = kLanes<T> / 2>
+HEEDFUL_FN T highest_lane(Vec<T> v) {
+  v = maximum(other_half<kStep>(v, typename LanesUpTo<kLanes<T>>::list{}), v);
+  if constexpr (kStep > 1) return highest_lane<T, kStep / 2>(v);
+  return v[0];
 }
 // All ones where a lane is infinite or NaN.
 template <class T>
@@ -249,6 +259,12 @@ HEEDFUL_FN Vec<Int<T>> low_halves(Vec<uint64_t> a, [[maybe_unused]] Vec<uint64_t
 
 // Bits of a vector's worth of 16-bit elements, widened.
 HEEDFUL_FN Vec<int32_t> load_bits(const void* p) {
+// GCC converts half of the elements at a time.
+#if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
+  return (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__) && HEEDFUL_VECTOR_BYTES == 32
+  return (Vec<int32_t>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#endif
   typename VectorOf<uint16_t, HEEDFUL_VECTOR_BYTES / 2>::type bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return __builtin_convertvector(bits, Vec<int32_t>);

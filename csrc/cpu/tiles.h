@@ -26,6 +26,20 @@ HEEDFUL_FN void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// The sum of each of n vectors' lanes, in its own lane of the result.
+template <class T, int kStep = 1>
+HEEDFUL_FN Vec<T> sum_each(Vec<T>* vectors) {
+  if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes<T> / kStep; r += 2) {
+      trade<T, kStep>(vectors[r], vectors[r + 1], typename LanesUpTo<kLanes<T>>::list{});
+      vectors[r / 2] = vectors[r] + vectors[r + 1];
+    }
+    return sum_each<T, 2 * kStep>(vectors);
+  }
+  return vectors[0];
+}
+
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
 // Rows and lanes of a tile where it lies in memory.
@@ -82,10 +96,10 @@ HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t 
   }
 }
 
-// Rows of the compute type, lanes contiguous.
-template <class C>
+// Rows whose lanes are contiguous.
+template <class S>
 struct Rows {
-  const C* data;
+  const S* data;
   int64_t stride;
 };
 
