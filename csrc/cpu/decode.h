@@ -171,9 +171,9 @@ struct Decode {
     }
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
-    if (!s.v) return add_values(Rows<S>{v.data, v.row_stride}, keys, careful);
+    if (!s.v) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
     load_tile<C>(s.v, dim, v, keys, p.Dv, dim, C(1));
-    add_values(Rows<C>{s.v, dim}, keys, careful);
+    add_values(Rows<C>{s.v, dim}, j0, keys, careful);
   }
 
   Source<S> source(const View& view, int64_t j) const {
@@ -191,24 +191,29 @@ struct Decode {
     score_rows(Rows<C>{s.k, dim}, dim, j0, keys);
   }
 
+  // While keys are scored their values come into the second cache, a few rows at a time: bursts would wait for memory,
+  // and leave it idle afterwards.
   template <class E>
   HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t j0, int64_t keys) const {
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
-      prefetch(p.v, p.Dv, j0 + j, j0 + end);                 // V is next
-      prefetch(p.k, p.D, j0 + kKeys + j, j0 + kKeys + end);  // then the next block
+      const Source<S> v = source(p.v, j0);
       int64_t r = 0;
-      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end);
-      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end), r += 2;
-      if (r < rows()) score_step<1>(k, dim, r, j, end);
+      if (rows() >= 4) score_step<4>(k, dim, r, j, end, &v), r = 4;
+      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, nullptr);
+      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, r ? nullptr : &v), r += 2;
+      if (r < rows()) score_step<1>(k, dim, r, j, end, r ? nullptr : &v);
     }
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
   template <int kR, class E>
-  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end) const {
+  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end,
+                             const Source<S>* ahead) const {
     constexpr int kJ = kPairs / kR;
     for (; j < end; j += kJ) {
+      if (ahead)
+        for (int i = 0; i < kJ; ++i) prefetch(ahead->data + (j + i) * ahead->row_stride, p.Dv);
       const E* key[kJ];
 #pragma GCC unroll 16
       for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
@@ -236,12 +241,9 @@ struct Decode {
     }
   }
 
-  // Rows of keys [j0, j1) come into the second cache.
-  HEEDFUL_FN void prefetch(const View& view, int64_t dim, int64_t j0, int64_t j1) const {
-    for (int64_t j = j0; j < least(j1, band.keys); ++j) {
-      const S* row = source(view, j).data;
-      for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
-    }
+  // Of addresses alone: nothing is read past the end.
+  HEEDFUL_FN static void prefetch(const S* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
   }
 
   // Scores of one head's rows become probabilities relative to the new maximum, and the rows of O follow.
@@ -282,26 +284,33 @@ struct Decode {
 
   // ---- values
 
+  // Meanwhile the next block's keys come.
   template <class E>
-  HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t keys, bool careful) const {
+  HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t j0, int64_t keys, bool careful) const {
     if (careful) return add_values_carefully(v, keys);
+    const Source<S> k = source(p.k, j0 + keys);
     int64_t r = 0;
-    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r);
-    if (r + 2 <= rows()) add_values_to<2>(v, keys, r), r += 2;
-    if (r < rows()) add_values_to<1>(v, keys, r);
+    if (rows() >= 4) add_values_to<4>(v, keys, r, 0, &k), r = 4;
+    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, nullptr);
+    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, r ? nullptr : &k), r += 2;
+    if (r < rows()) add_values_to<1>(v, keys, r, 0, r ? nullptr : &k);
   }
 
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
   template <int kR, int kV = kPairs / kR, class E>
-  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d = 0) const {
+  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Source<S>* ahead) const {
     const int64_t dim = padded<C>(p.Dv);
-    for (; d + kV * n <= dim; d += kV * n) add_values_step<kR, kV>(v, keys, r, d);
+    for (; d + kV * n <= dim; d += kV * n)
+      if (ahead)
+        add_values_step<kR, kV, true>(v, keys, r, d, *ahead);
+      else
+        add_values_step<kR, kV, false>(v, keys, r, d, {});
     if constexpr (kV > 1)
-      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d);
+      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d, ahead);
   }
 
-  template <int kR, int kV, class E>
-  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d) const {
+  template <int kR, int kV, bool kAhead, class E>
+  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Source<S>& ahead) const {
     const int64_t dim = padded<C>(p.Dv);
     Vec<C> sum[kR][kV];
 #pragma GCC unroll 4
@@ -310,7 +319,9 @@ struct Decode {
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
     const C* prob = s.scores + r * kKeys;
     const E* value = v.data + d;
+    const S* next = ahead.data + d;
     for (int64_t j = 0; j < keys; ++j, value += v.stride) {
+      if constexpr (kAhead) prefetch(next + j * ahead.row_stride, kV * n);
       Vec<C> x[kV];
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) x[i] = load_as(value + i * n, C());
