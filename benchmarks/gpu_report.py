@@ -109,7 +109,7 @@ def stand_in_for_pybind11(package: Path) -> None:
 
 def tests() -> Found:
     """The test suite's part on CUDA. None collected is a failure: pytest's exit status says so."""
-    which = "test_cuda or ([cuda and not [cuda-emulated)"
+    which = "test_cuda or test_on_gpu or ([cuda and not [cuda-emulated)"
     said = output(sys.executable, "-m", "pytest", "-q", "-k", which, cwd=ROOT)
     return {"lines": [said.splitlines()[-1]]}
 

@@ -222,8 +222,14 @@ void check_dropout(const Arguments& a, const Tensor& q, Call& call) {
 
 // What no memory could hold, but empty dimensions let through: counts of tasks and bytes have to fit 64 bits.
 void check_size(const Problem& p) {
-  double products = double(1 + p.table_rows) * std::max<int64_t>(p.D + p.Dv, 1);
-  for (int64_t n : {p.B, p.Hq, p.Sq, p.Sk}) products *= std::max<int64_t>(n, 1);
+  const auto product = [](std::initializer_list<int64_t> sizes) {
+    double product = 1;
+    for (int64_t n : sizes) product *= double(std::max<int64_t>(n, 1));
+    return product;
+  };
+  // Packed sequences have the rows that there are, however long each may be.
+  const double pairs = std::min(product({p.B, p.Sq, p.Sk}), p.q_offsets ? product({p.q_rows, p.k_rows}) : HUGE_VAL);
+  const double products = pairs * product({std::max(p.Hq, p.Hk), p.D + p.Dv, 1 + p.table_rows});
   if (!(products < 0x1p60)) fail("q, k, v", "sizes whose product is below 2^60", std::to_string(products));
   if (p.normalizer == Normalizer::hard && p.Sk > INT32_MAX)
     fail("k", "at most 2147483647 keys where normalizer is \"hard\"", std::to_string(p.Sk));

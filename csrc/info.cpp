@@ -92,8 +92,9 @@ py::list kernels_for(const std::string& device, const std::string& dtype, const 
   machine.cuda_capability = 80;
   py::list kernels;
   const auto add = [&] {
-    const std::string kernel = heedful::select(problem_with(dtype, features), device, machine, false).kernel;
-    if (!kernel.empty()) kernels.append(kernel);
+    const auto found = heedful::select(problem_with(dtype, features), device, machine, false);
+    if (!found.kernel.empty()) kernels.append(found.kernel);
+    if (found.backward != found.kernel) kernels.append(found.backward + " backward");
   };
   if (device == "cuda") add();
   if (device != "cpu") return kernels;
@@ -117,8 +118,10 @@ py::dict explain(const std::string& device, const std::string& dtype, int64_t B,
   py::list reasons;
   for (const auto& [kernel, reason] : selection.rejected) reasons.append(kernel + ": " + reason);
   result["kernel"] = py::none();
+  result["backward"] = py::none();
   result["isa"] = py::none();
   if (!selection.kernel.empty()) result["kernel"] = selection.kernel;
+  if (!selection.backward.empty()) result["backward"] = selection.backward;
   if (const auto* isa = selection.cpu) {
     result["isa"] = isa->name;
     tiles["vector_bytes"] = isa->vector_bytes;

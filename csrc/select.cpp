@@ -41,24 +41,41 @@ std::string why_no_cuda(const Problem& p, const Machine& machine) {
   if (const int has = machine.cuda_capability; has < 80)
     return "needs a GPU of compute capability 8.0, this one has " + std::to_string(has / 10) + "." +
            std::to_string(has % 10);
-  if (p.Sq > cuda::kMostRows || p.Sk > cuda::kMostRows) return "takes sequences of up to 2^30 rows";
+  constexpr int64_t kMostRowsOfBlock = 128;  // packed sequences' last blocks count as whole ones
+  const int64_t queries = p.q_offsets ? p.q_rows + p.B * kMostRowsOfBlock : p.Sq,
+                keys = p.k_offsets ? p.k_rows + p.B * kMostRowsOfBlock : p.Sk;
+  if (queries > cuda::kMostRows || keys > cuda::kMostRows) return "takes sequences of up to 2^30 rows";
   return "";
 }
 
-// Why the kernels of tensor cores leave this problem to those that go row by row (csrc/cuda/plans.cu).
-std::string why_row_by_row(const Problem& p) {
-  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "takes bfloat16 and float16 only";
-  const int64_t dim = std::max(p.D, p.Dv);
-  return dim <= 256 ? "" : "takes head dims of up to 256, got " + std::to_string(dim);
+// Why the kernels of tensor cores leave this problem to those that go row by row; empty where they do not.
+std::string why_row_by_row(const Problem& p, bool backward) {
+  switch (cuda::row_by_row(p, backward)) {
+    case cuda::RowByRow::of_dtype:
+      return "takes bfloat16 and float16 only";
+    case cuda::RowByRow::of_head_dim:
+      return "takes head dims of up to 256, got " + std::to_string(std::max(p.D, p.Dv));
+    case cuda::RowByRow::of_hard:
+      return "leaves hard attention's backward to cuda/rows";
+    case cuda::RowByRow::no:
+      break;
+  }
+  return "";
 }
 
 void select_cuda(const Problem& p, const Machine& machine, bool explain, Selection& selection) {
-  const std::string never = why_no_cuda(p, machine), by_row = why_row_by_row(p);
-  if (never.empty()) selection.kernel = by_row.empty() ? "cuda/sm80" : "cuda/rows";
-  if (!explain && never.empty()) return selection.rejected.clear();
-  if (!never.empty() || !by_row.empty()) selection.rejected.emplace_back("cuda/sm80", never.empty() ? by_row : never);
-  if (!never.empty() || by_row.empty())
-    selection.rejected.emplace_back("cuda/rows", never.empty() ? "cuda/sm80 runs" : never);
+  const std::string never = why_no_cuda(p, machine);
+  const std::string forward = why_row_by_row(p, false), backward = why_row_by_row(p, true);
+  if (never.empty()) {
+    selection.kernel = forward.empty() ? "cuda/sm80" : "cuda/rows";
+    selection.backward = backward.empty() ? "cuda/sm80" : "cuda/rows";
+    if (!explain) return;
+    if (!backward.empty()) selection.rejected.emplace_back("cuda/sm80", backward);
+    if (backward.empty()) selection.rejected.emplace_back("cuda/rows", "cuda/sm80 runs");
+  } else {
+    selection.rejected.emplace_back("cuda/sm80", never);
+    selection.rejected.emplace_back("cuda/rows", never);
+  }
 }
 
 }  // namespace
@@ -89,11 +106,15 @@ const Machine& this_machine() {
 
 Selection select(const Problem& p, const std::string& device, const Machine& machine, bool explain) {
   Selection selection;
+  if (device == "cuda") {
+    select_cuda(p, machine, explain, selection);
+    if (!explain && !selection.kernel.empty()) return selection;
+  }
   for (const auto* isa : instruction_sets()) {
     std::string reason = why_not(*isa, device, machine);
     if (reason.empty() && !selection.cpu) {
       selection.cpu = isa;
-      selection.kernel = std::string("cpu/") + isa->name;
+      selection.kernel = selection.backward = std::string("cpu/") + isa->name;
       if (!explain) {
         selection.rejected.clear();
         break;
@@ -103,7 +124,6 @@ Selection select(const Problem& p, const std::string& device, const Machine& mac
                                       reason.empty() ? "a wider instruction set runs" : std::move(reason));
     }
   }
-  if (device == "cuda") select_cuda(p, machine, explain, selection);
   return selection;
 }
 

@@ -22,7 +22,7 @@ struct Machine {
 HEEDFUL_EXPORT const Machine& this_machine();
 
 struct Selection {
-  std::string kernel;                                         // empty where nothing runs
+  std::string kernel, backward;                               // forward's and backward's; empty where nothing runs
   const cpu::InstructionSet* cpu = nullptr;                   // of a kernel for the CPU
   std::vector<std::pair<std::string, std::string>> rejected;  // kernel, reason
 };

@@ -44,7 +44,7 @@ class Backend:
     def missing(self) -> str | None:
         """Why this machine cannot run the backend, or None where it can."""
         if self.name == CUDA:
-            return ops.NO_CUDA or None
+            return ops.no_gpu() or None
         if self.name == EMULATED:
             return None if EMULATED_LIBRARY.exists() else f"not built: there is no {EMULATED_LIBRARY}"
         built = heedful._info.build_info()["isas"]

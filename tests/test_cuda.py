@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import heedful
 from heedful import Causal, _info, ops
 
-BUILT = pytest.mark.skipif(not ops.CUDA_LIBRARY.exists(), reason="not built: no nvcc was found")
+BUILT = pytest.mark.skipif(not ops.CUDA_LIBRARY.exists(), reason="not built: no nvcc, or HEEDFUL_CUDA=off")
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16, dim: int = 8) -> torch.Tensor:
@@ -26,7 +28,7 @@ def on_gpu(dtype: torch.dtype = torch.bfloat16, dim: int = 8) -> torch.Tensor:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """As if kernels were loaded, for a GPU of the capability that the test asks for."""
-    monkeypatch.setattr(ops, "NO_CUDA", "")
+    monkeypatch.setattr(ops, "no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: getattr(request, "param", (9, 0)))
 
 
@@ -86,10 +88,47 @@ def test_every_reason_not_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch is one without CUDA" in ops._load_cuda()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch finds no GPU" in ops._load_cuda()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert str(ops.CUDA_LIBRARY) in ops._load_cuda()
+
+
+def test_every_reason_not_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "NO_CUDA", "not loaded: one reason")
+    assert ops.no_gpu() == "not loaded: one reason"
+    monkeypatch.setattr(ops, "NO_CUDA", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU" in ops.no_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for driver, expected in ((13000, ""), (14010, ""), (12080, "built by CUDA 13.1, which .*this one is of CUDA 12.8")):
+
+        def versions(to_driver: ctypes._Pointer, to_runtime: ctypes._Pointer, driver: int = driver) -> None:
+            to_driver._obj.value, to_runtime._obj.value = driver, 13010
+
+        library = SimpleNamespace(heedful_cuda_versions=versions)
+        monkeypatch.setattr(ops.ctypes, "CDLL", lambda path, library=library: library)
+        assert re.fullmatch(expected, ops.no_gpu())
+
+
+@BUILT
+def test_library_tells_its_versions() -> None:
+    driver, runtime = ctypes.c_int(-1), ctypes.c_int()
+    ctypes.CDLL(str(ops.CUDA_LIBRARY)).heedful_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    assert runtime.value >= 12000 and driver.value >= 0
+
+
+def test_import_does_not_start_cuda() -> None:
+    """After which a forked process could not use it."""
+    code = (
+        "import torch; torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = None;"
+        "import heedful; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_hard_attention_goes_back_row_by_row(gpu: None) -> None:
+    found = heedful.explain(*[on_gpu()] * 3, normalizer="hard")
+    assert (found.kernel, found.backward) == ("cuda/sm80", "cuda/rows")
+    assert "runs cuda/sm80; backward cuda/rows" in repr(found)
+    assert "cuda/sm80: leaves hard attention's backward to cuda/rows" in found.reasons
 
 
 @BUILT

@@ -490,3 +490,15 @@ def test_packed_dropout_counts_from_each_sequence(backend: Backend) -> None:
     batch, _ = torch.ops.heedful.attention_forward(*padded, **options, dropout_p=0.4)
     for b, sequence in enumerate(out[0].split(offsets[0].diff().tolist(), dim=1)):
         assert torch.equal(sequence, batch[b, :, : sequence.shape[1]])
+
+
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)
+@pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
+def test_forward_and_backward_see_the_same_scores(similarity: str, dtype: torch.dtype, backend: Backend) -> None:
+    """However large q and k are: what backward recomputes, it divides by forward's sum. v's gradients show its weights."""
+    problem = build(Case((1, 1, 1, 8, 8, 64, 8), similarity=similarity, scale=None), dtype, backend.device)
+    problem.q, problem.k = (x + 30 for x in (problem.q, problem.k))
+    problem.dout, problem.dlse = torch.ones_like(problem.dout), torch.zeros_like(problem.dlse)
+    sums = problem.results()["dv"].sum(2)  # over keys, of the weights of eight queries
+    torch.testing.assert_close(sums, torch.full_like(sums, 8.0), rtol=64 * torch.finfo(dtype).eps, atol=0)

@@ -75,13 +75,15 @@ def test_the_suite_on_cuda_is_found(report: ModuleType, monkeypatch) -> None:
     report.tests()
     (command,) = commands
     tests = SCRIPT.parent.parent / "tests"
+    files = [tests / f"test_{name}.py" for name in ("forward", "cuda", "on_gpu")]
     selected = subprocess.run(
-        [*command, "--collect-only", "-p", "no:cacheprovider", tests / "test_forward.py", tests / "test_cuda.py"],
+        [*command, "--collect-only", "-p", "no:cacheprovider", *files],
         capture_output=True, text=True, check=True, cwd=tests,
     ).stdout  # fmt: skip
     names = [line for line in selected.splitlines() if "::" in line]
-    assert any("test_cuda.py" in name for name in names) and any("[cuda]" in name for name in names)
-    assert all("test_cuda.py" in name or "[cuda]" in name or "[cuda-" in name for name in names)
+    expected = ("test_cuda.py", "test_on_gpu.py", "[cuda]", "[cuda-")
+    assert all(any(part in name for name in names) for part in expected)
+    assert all(any(part in name for part in expected) for name in names)
     assert not any("emulated" in name or "cpu-" in name for name in names)
 
 

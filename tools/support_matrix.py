@@ -45,7 +45,9 @@ Kernels for CUDA have run under emulation on the CPU only, never on a GPU. They 
 of compute capability 8.0 and newer; cuda/sm80 takes head dims up to 256, and leaves larger ones to cuda/rows. float32
 is exact there: no product is rounded to TensorFloat-32. Values of offsets, buckets and tiles are not looked at before a
 launch, which would wait for the GPU: wrong ones, which only a direct call of the operators or wrong offsets can bring,
-are not refused there; they give wrong results, but no kernel leaves its tensors.
+are not refused there; they give wrong results, but no kernel leaves its tensors. A mask or bias that is too short for
+packed sequences is not noticed there either: rows and keys past its end are left out. Gradients of scales, sinks,
+slopes, tables and biases are summed row by row under each of these kernels.
 
 """
 

@@ -91,6 +91,7 @@ struct Decode {
 
   // Adds its phases, scratch and workspace to a plan.
   static void plan(const Problem& p, Plan* plan) {
+    if (p.B * p.Hq * p.Sq == 0) return;
     Scratch s;
     plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p), &run};
     if (chunks(p) > 1) plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
@@ -180,6 +181,22 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
+  // Rows that are needed soon, from key j0 on; null where there are none, or where they are packed first.
+  struct Ahead {
+    const S* data;
+    int64_t stride, last, dim;
+    // Columns [d0, d1) of row j come into the second cache.
+    HEEDFUL_FN void prefetch(int64_t j, int64_t d0, int64_t d1) const {
+      const S* row = data + least(j, last) * stride;
+      for (int64_t d = d0; d < least(d1, dim); d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+    }
+  };
+  Ahead ahead(const View& view, const C* packed, int64_t dim, int64_t j0) const {
+    if (packed || j0 >= band.keys) return {};
+    const Source<S> rows = source(view, j0);
+    return {rows.data, rows.row_stride, band.keys - 1 - j0, dim};
+  }
+
   // ---- scores
 
   void score_keys(int64_t j0, int64_t j1) const {
@@ -197,23 +214,22 @@ struct Decode {
   HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t j0, int64_t keys) const {
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
-      const Source<S> v = source(p.v, j0);
+      const Ahead values = ahead(p.v, s.v, p.Dv, j0);
       int64_t r = 0;
-      if (rows() >= 4) score_step<4>(k, dim, r, j, end, &v), r = 4;
-      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, nullptr);
-      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, r ? nullptr : &v), r += 2;
-      if (r < rows()) score_step<1>(k, dim, r, j, end, r ? nullptr : &v);
+      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, r ? Ahead{} : values);
+      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, r ? Ahead{} : values), r += 2;
+      if (r < rows()) score_step<1>(k, dim, r, j, end, r ? Ahead{} : values);
     }
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
   template <int kR, class E>
   HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end,
-                             const Source<S>* ahead) const {
+                             const Ahead& values) const {
     constexpr int kJ = kPairs / kR;
     for (; j < end; j += kJ) {
-      if (ahead)
-        for (int i = 0; i < kJ; ++i) prefetch(ahead->data + (j + i) * ahead->row_stride, p.Dv);
+      if (values.data)
+        for (int i = 0; i < kJ; ++i) values.prefetch(j + i, 0, p.Dv);
       const E* key[kJ];
 #pragma GCC unroll 16
       for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
@@ -239,11 +255,6 @@ struct Decode {
       for (int row = 0; row < kR; ++row)
         __builtin_memcpy(s.scores + (r + row) * kKeys + j, scores + row * kJ, kJ * sizeof(C));
     }
-  }
-
-  // Of addresses alone: nothing is read past the end.
-  HEEDFUL_FN static void prefetch(const S* row, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
   }
 
   // Scores of one head's rows become probabilities relative to the new maximum, and the rows of O follow.
@@ -288,29 +299,28 @@ struct Decode {
   template <class E>
   HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t j0, int64_t keys, bool careful) const {
     if (careful) return add_values_carefully(v, keys);
-    const Source<S> k = source(p.k, j0 + keys);
+    const Ahead next = ahead(p.k, s.k, p.D, j0 + keys);
     int64_t r = 0;
-    if (rows() >= 4) add_values_to<4>(v, keys, r, 0, &k), r = 4;
-    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, nullptr);
-    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, r ? nullptr : &k), r += 2;
-    if (r < rows()) add_values_to<1>(v, keys, r, 0, r ? nullptr : &k);
+    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, r ? Ahead{} : next);
+    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, r ? Ahead{} : next), r += 2;
+    if (r < rows()) add_values_to<1>(v, keys, r, 0, r ? Ahead{} : next);
   }
 
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
   template <int kR, int kV = kPairs / kR, class E>
-  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Source<S>* ahead) const {
+  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Ahead& next) const {
     const int64_t dim = padded<C>(p.Dv);
     for (; d + kV * n <= dim; d += kV * n)
-      if (ahead)
-        add_values_step<kR, kV, true>(v, keys, r, d, *ahead);
+      if (next.data)
+        add_values_step<kR, kV, true>(v, keys, r, d, next);
       else
-        add_values_step<kR, kV, false>(v, keys, r, d, {});
+        add_values_step<kR, kV, false>(v, keys, r, d, next);
     if constexpr (kV > 1)
-      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d, ahead);
+      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d, next);
   }
 
   template <int kR, int kV, bool kAhead, class E>
-  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Source<S>& ahead) const {
+  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Ahead& next) const {
     const int64_t dim = padded<C>(p.Dv);
     Vec<C> sum[kR][kV];
 #pragma GCC unroll 4
@@ -319,9 +329,8 @@ struct Decode {
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
     const C* prob = s.scores + r * kKeys;
     const E* value = v.data + d;
-    const S* next = ahead.data + d;
     for (int64_t j = 0; j < keys; ++j, value += v.stride) {
-      if constexpr (kAhead) prefetch(next + j * ahead.row_stride, kV * n);
+      if constexpr (kAhead) next.prefetch(j, d, d + kV * n);
       Vec<C> x[kV];
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) x[i] = load_as(value + i * n, C());

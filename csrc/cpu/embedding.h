@@ -13,12 +13,13 @@ HEEDFUL_CALLED void embed_lanes(const Problem& p, Role role, C* x, int64_t width
   constexpr int n = kLanes<C>;
   if (p.similarity == Similarity::dot) return;
   for (int64_t l = 0; l < width; l += n) {
-    // Added up in inner_product's order, so that a row comes out the same from both.
+    // Added up in the order of inner_product and sum_lanes, so that a row comes out the same from both.
     Vec<C> parts[n] = {};
     const int64_t whole = p.D / n * n;
     for (int64_t d = 0; d < whole; ++d) parts[d % n] += load(x + d * width + l) * load(x + d * width + l);
+    for (int step = n / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
     Vec<C> squared = parts[0];
-    for (int i = 1; i < n; ++i) squared += parts[i];
     for (int64_t d = whole; d < p.D; ++d) squared += load(x + d * width + l) * load(x + d * width + l);
     Vec<C> factor = broadcast<C>(scale);
     if (p.similarity == Similarity::gaussian) {

@@ -171,7 +171,7 @@ template <class S>
 HEEDFUL_KERNEL(32 * kRowsPerBlock, 1)
 void query_states(HEEDFUL_PARAMETER Problem p) {
   using C = Compute<S>;
-  const Task task(p.Sq, p.Hq, kRowsPerBlock);
+  const RowTask<RowsOf::queries> task(p, kRowsPerBlock);
   const Band band(p, task.b);
   const int i = task.row0 + thread_index() / 32, lane = thread_index() % 32;
   if (i >= band.queries) return;
@@ -198,7 +198,7 @@ void query_states(HEEDFUL_PARAMETER Problem p) {
 template <class S>
 HEEDFUL_KERNEL(32 * kRowsPerBlock, 1)
 void backward_queries(HEEDFUL_PARAMETER Problem p) {
-  const Task task(p.Sq, p.Hq, kRowsPerBlock);
+  const RowTask<RowsOf::queries> task(p, kRowsPerBlock);
   const Band band(p, task.b);
   const int i = task.row0 + thread_index() / 32;
   if (i < band.q_rows) gradient_of_query<S>(p, band, task.b, task.h, i);
@@ -207,7 +207,7 @@ void backward_queries(HEEDFUL_PARAMETER Problem p) {
 template <class S>
 HEEDFUL_KERNEL(32 * kRowsPerBlock, 1)
 void backward_keys(HEEDFUL_PARAMETER Problem p) {
-  const Task task(p.Sk, p.Hk, kRowsPerBlock);
+  const RowTask<RowsOf::keys> task(p, kRowsPerBlock);
   const Band band(p, task.b);
   const int j = task.row0 + thread_index() / 32;
   if (j < band.k_rows) gradients_of_key<S>(p, band, task.b, task.h, j);
@@ -216,14 +216,17 @@ void backward_keys(HEEDFUL_PARAMETER Problem p) {
 template <class S>
 void plan_query_states(const Problem& p, cuda::Plan* plan) {
   plan->workspace_bytes = size_t(norm_bytes(p) + QueryStates<Compute<S>>::bytes(p));
-  plan->add({&query_states<S>, task_count(p.B, p.Sq, p.Hq, kRowsPerBlock), 32 * kRowsPerBlock, 0, "query_states"});
+  plan->add(
+      {&query_states<S>, RowTask<RowsOf::queries>::count(p, kRowsPerBlock), 32 * kRowsPerBlock, 0, "query_states"});
 }
 
 template <class S>
 void plan_backward_rows(const Problem& p, cuda::Plan* plan) {
   plan_query_states<S>(p, plan);
-  plan->add({&backward_queries<S>, task_count(p.B, p.Sq, p.Hq, kRowsPerBlock), 32 * kRowsPerBlock, 0, "backward_rows"});
-  plan->add({&backward_keys<S>, task_count(p.B, p.Sk, p.Hk, kRowsPerBlock), 32 * kRowsPerBlock, 0, "backward_rows"});
+  plan->add({&backward_queries<S>, RowTask<RowsOf::queries>::count(p, kRowsPerBlock), 32 * kRowsPerBlock, 0,
+             "backward_rows"});
+  plan->add(
+      {&backward_keys<S>, RowTask<RowsOf::keys>::count(p, kRowsPerBlock), 32 * kRowsPerBlock, 0, "backward_rows"});
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

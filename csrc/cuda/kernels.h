@@ -5,6 +5,14 @@
 
 namespace heedful::cuda {
 
+// Whether tensor cores' kernels (sm80/) leave a problem to those that go row by row (rows.cuh), and why.
+enum class RowByRow { no, of_dtype, of_head_dim, of_hard };
+inline RowByRow row_by_row(const Problem& p, bool backward) {
+  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return RowByRow::of_dtype;
+  if ((p.D < p.Dv ? p.Dv : p.D) > 256) return RowByRow::of_head_dim;
+  return backward && p.normalizer == Normalizer::hard ? RowByRow::of_hard : RowByRow::no;
+}
+
 using Kernel = void (*)(Problem);
 
 struct Launch {

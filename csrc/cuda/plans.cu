@@ -20,8 +20,6 @@ void plan_parameters(const Problem& p, cuda::Plan* plan);
 
 namespace {
 
-bool is_half(const Problem& p) { return p.dtype == DType::bf16 || p.dtype == DType::f16; }
-
 // f with a number of the type that q, k and v are of.
 template <class F>
 void by_storage(const Problem& p, F f) {
@@ -42,15 +40,19 @@ void plan_half(const Problem& p, cuda::Plan* plan) {
 void plan_forward(const Problem& p, cuda::Plan* plan) {
   const int64_t dim = p.D < p.Dv ? p.Dv : p.D;
   if (p.B * p.Hq * p.Sq == 0) return;
-  if (is_half(p) && dim <= 64) return plan_half<64>(p, plan);
-  if (is_half(p) && dim <= 128) return plan_half<128>(p, plan);
-  if (is_half(p) && dim <= 256) return plan_half<256>(p, plan);
-  by_storage(p, [&](auto number) { plan_forward_rows<decltype(number)>(p, plan); });
+  if (cuda::row_by_row(p, false) != cuda::RowByRow::no)
+    by_storage(p, [&](auto number) { plan_forward_rows<decltype(number)>(p, plan); });
+  else if (dim <= 64)
+    plan_half<64>(p, plan);
+  else if (dim <= 128)
+    plan_half<128>(p, plan);
+  else
+    plan_half<256>(p, plan);
 }
 
 void plan_backward(const Problem& p, cuda::Plan* plan) {
   const int64_t dim = p.D < p.Dv ? p.Dv : p.D;
-  if (!is_half(p) || dim > 256 || p.normalizer == Normalizer::hard)
+  if (cuda::row_by_row(p, true) != cuda::RowByRow::no)
     by_storage(p, [&](auto number) { plan_backward_rows<decltype(number)>(p, plan); });
   else if (dim <= 64)
     plan_backward_sm80<64>(p, plan);

@@ -93,6 +93,12 @@ struct Device {
 }  // namespace
 }  // namespace heedful::cuda
 
+// For heedful.explain: 1000 * major + 10 * minor. A driver of an older major version than the runtime's runs nothing.
+extern "C" __attribute__((visibility("default"))) void heedful_cuda_versions(int* driver, int* runtime) {
+  *runtime = CUDART_VERSION;
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(heedful, CUDA, library) {
   using heedful::cuda::Device;
   library.impl("attention_forward", TORCH_BOX(&heedful::attention_forward<Device>));

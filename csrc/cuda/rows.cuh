@@ -152,7 +152,7 @@ constexpr int kRowsPerBlock = 4;
 template <class S>
 HEEDFUL_KERNEL(32 * kRowsPerBlock, 1)
 void forward_rows(HEEDFUL_PARAMETER Problem p) {
-  const Task task(p.Sq, p.Hq, kRowsPerBlock);
+  const RowTask<RowsOf::queries> task(p, kRowsPerBlock);
   const Band band(p, task.b);
   const int i = task.row0 + thread_index() / 32;
   if (i < band.q_rows) attend_row(HeadScores<S>(p, band, task.b, task.h), band, Span(band), i);
@@ -160,7 +160,8 @@ void forward_rows(HEEDFUL_PARAMETER Problem p) {
 
 template <class S>
 void plan_forward_rows(const Problem& p, cuda::Plan* plan) {
-  plan->add({&forward_rows<S>, task_count(p.B, p.Sq, p.Hq, kRowsPerBlock), 32 * kRowsPerBlock, 0, "forward_rows"});
+  const int64_t blocks = RowTask<RowsOf::queries>::count(p, kRowsPerBlock);
+  plan->add({&forward_rows<S>, blocks, 32 * kRowsPerBlock, 0, "forward_rows"});
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -48,4 +48,38 @@ inline int64_t task_count(int64_t sequences, int64_t rows, int64_t heads, int ro
   return sequences * heads * ((rows + rows_per_block - 1) / rows_per_block);
 }
 
+// Rows of queries or of keys of every sequence, in blocks. Packed sequences have lengths that the host does not know:
+// sequence b's blocks begin at block offsets[b] / rows_per_block + b of its head, for which none before it has too
+// many, and those past its end have nothing to do.
+enum class RowsOf { queries, keys };
+
+template <RowsOf kOf>
+struct RowTask : Task {
+  HEEDFUL_DEVICE RowTask(const Problem& p, int rows_per_block)
+      : Task(rows(p, rows_per_block), heads(p), rows_per_block) {
+    const int64_t* offsets = kOf == RowsOf::queries ? p.q_offsets : p.k_offsets;
+    if (!offsets) return;
+    const int64_t total = kOf == RowsOf::queries ? p.q_rows : p.k_rows;
+    const int block = row0 / rows_per_block;
+    const auto first = [&](int n) { return int(clamp(offsets[n], 0, total) / rows_per_block) + n; };
+    int end = int(p.B);
+    for (b = 0; end - b > 1;) {
+      const int middle = b + (end - b) / 2;
+      (first(middle) <= block ? b : end) = middle;
+    }
+    row0 = block < first(b) ? int(total) : (block - first(b)) * rows_per_block;
+  }
+
+  // All sequences' together, where they are packed.
+  HEEDFUL_FN static int64_t rows(const Problem& p, int rows_per_block) {
+    if (!p.q_offsets) return kOf == RowsOf::queries ? p.Sq : p.Sk;
+    return (kOf == RowsOf::queries ? p.q_rows : p.k_rows) / rows_per_block * rows_per_block + p.B * rows_per_block;
+  }
+  HEEDFUL_FN static int64_t heads(const Problem& p) { return kOf == RowsOf::queries ? p.Hq : p.Hk; }
+  static int64_t count(const Problem& p, int rows_per_block) {
+    if (p.B == 0) return 0;
+    return task_count(p.q_offsets ? 1 : p.B, rows(p, rows_per_block), heads(p), rows_per_block);
+  }
+};
+
 }  // namespace heedful::HEEDFUL_TARGET

@@ -110,7 +110,7 @@ def about() -> str:
         "built": [
             f"heedful {built['version']} by {built['compiler']}, for torch {built['torch_target']} and newer",
             f"instruction sets: {', '.join(built['isas'])}",
-            f"kernels for GPUs: {ops.NO_CUDA or 'loaded; so far they have run under emulation only'}",
+            f"kernels for GPUs: {ops.no_gpu() or 'loaded; they have run under emulation only, and what follows is of the CPU'}",
         ],
         "machine": [
             f"{platform.machine()}, best instruction set of these: {_info.cpu_capability()}",

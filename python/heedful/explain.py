@@ -19,7 +19,8 @@ class Explanation:
     """What :func:`explain` found. Its repr says it in words."""
 
     call: str
-    kernel: str | None  # None: this call cannot run
+    kernel: str | None  # forward's; None: this call cannot run
+    backward: str | None  # backward's kernel
     isa: str | None  # the instruction set, of kernels for the CPU
     tiles: Mapping[str, int]  # sizes that the kernel works in, by name
     reasons: tuple[str, ...]  # "kernel: why it does not run this call", for all the others
@@ -29,7 +30,8 @@ class Explanation:
         if self.kernel is None:
             lines.append("cannot run; heedful.reference.attention runs on any device, slowly")
         else:
-            lines.append(f"runs {self.kernel}, forward and backward")
+            both = self.kernel == self.backward
+            lines.append(f"runs {self.kernel}{', forward and backward' if both else f'; backward {self.backward}'}")
             lines += [f"  {name} = {size}" for name, size in self.tiles.items()]
         if self.reasons:
             lines += ["does not run", *(f"  {reason}" for reason in self.reasons)]
@@ -37,7 +39,8 @@ class Explanation:
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Explanation:
-    """Which kernel :func:`heedful.attention` runs for these arguments, and why not the others. Nothing is computed.
+    """Which kernel :func:`heedful.attention` runs for these arguments, and why not the others of q's device. Nothing is
+    computed.
 
     The choice depends on the options, on q's device and dtype, on the machine, and on HEEDFUL_CPU_ISA. The options are
     those of :func:`heedful.attention`, and are checked as there.
@@ -58,14 +61,16 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **opti
         sizes = {"B": b, "Hq": hq, "Hk": hk, "Sq": sq, "Sk": sk, "D": d, "Dv": dv}
         found = _info.explain(device=device, dtype=dtype, **sizes, features=features, **_gpu(q))
     except ValueError as error:  # a dtype that no kernel has
-        return Explanation(call, None, None, {}, (f"every kernel: {error}",))
-    return Explanation(call, found["kernel"], found["isa"], found["tiles"], tuple(found["reasons"]))
+        return Explanation(call, None, None, None, {}, (f"every kernel: {error}",))
+    return Explanation(call, found["kernel"], found["backward"], found["isa"], found["tiles"], tuple(found["reasons"]))
 
 
 def _gpu(q: Tensor) -> dict[str, Any]:
     """What the choice of a kernel for GPUs depends on."""
-    if not q.is_cuda or ops.NO_CUDA:
+    if not q.is_cuda:
         return {"no_cuda": ops.NO_CUDA}
+    if reason := ops.no_gpu():
+        return {"no_cuda": reason}
     major, minor = torch.cuda.get_device_capability(q.device)
     return {"no_cuda": "", "cuda_capability": 10 * major + minor}
 

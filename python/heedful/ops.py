@@ -13,6 +13,7 @@ CPU, ``libheedful_cuda.so`` on GPUs, where there is one; what their arguments me
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ CUDA_LIBRARY = LIBRARY.with_name("libheedful_cuda.so")
 
 
 def _load_cuda() -> str:
-    """Loads the kernels for GPUs; returns why not, or nothing where it has."""
+    """Loads the kernels for GPUs; returns why not, or nothing where it has.
+
+    Whether there is a GPU is not asked: that would start CUDA, after which no child process of a fork may use it.
+    """
     if not CUDA_LIBRARY.exists():
-        return "this build has no CUDA kernels: nvcc was not found when it was built"
+        return "this build has no CUDA kernels: it was built without nvcc, or with HEEDFUL_CUDA=off"
     if torch.version.cuda is None:
         return "not loaded: this torch is one without CUDA"
-    if not torch.cuda.is_available():
-        return "not loaded: torch finds no GPU (torch.cuda.is_available() is False)"
     try:
         torch.ops.load_library(CUDA_LIBRARY)
     except OSError as error:
@@ -55,6 +57,21 @@ def _load_cuda() -> str:
 
 
 NO_CUDA = _load_cuda()  # why kernels for GPUs are not loaded
+
+
+def no_gpu() -> str:
+    """Why kernels for GPUs do not run here; nothing where they do."""
+    if NO_CUDA:
+        return NO_CUDA
+    if not torch.cuda.is_available():
+        return "torch finds no GPU (torch.cuda.is_available() is False)"
+    driver, runtime = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(str(CUDA_LIBRARY)).heedful_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    if driver.value // 1000 < runtime.value // 1000:  # in thousands and tens: 13000 is 13.0
+        needs, has = (f"{x // 1000}.{x % 1000 // 10}" for x in (runtime.value, driver.value))
+        return f"built by CUDA {needs}, which needs a driver of that major version; this one is of CUDA {has}"
+    return ""
+
 
 _forward_op = torch.ops.heedful.attention_forward.default
 _backward_op = torch.ops.heedful.attention_backward.default

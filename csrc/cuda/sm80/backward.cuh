@@ -25,7 +25,7 @@ struct Backward {
   static constexpr int kNumbers = kOfKeys ? 2 * kN : 2;  // of queries, that a lane has in a tile
 
   const Problem& p;
-  const Task task;
+  const RowTask<kOfKeys ? RowsOf::keys : RowsOf::queries> task;
   const Span span;
   const int own_rows, end;                   // rows of this side in memory; those that exist
   const int lane, row0;                      // the warp's first row
@@ -37,7 +37,7 @@ struct Backward {
 
   HEEDFUL_DEVICE explicit Backward(const Problem& problem)
       : p(problem),
-        task(kOfKeys ? p.Sk : p.Sq, kOfKeys ? p.Hk : p.Hq, kWarps * kRows),
+        task(p, kWarps * kRows),
         span(band()),
         own_rows(int(kOfKeys ? band().k_rows : band().q_rows)),
         end(kOfKeys ? span.keys : span.queries),
@@ -326,10 +326,10 @@ template <class S, int kDim>
 void plan_backward_of(const Problem& p, cuda::Plan* plan) {
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
-    const bool of_keys = Config::kSide != Side::queries;
-    plan->add({&HEEDFUL_TARGET::backward<Config>,
-               task_count(p.B, of_keys ? p.Sk : p.Sq, of_keys ? p.Hk : p.Hq, kWarps * Config::kRows), kThreads,
-               Config::kSharedBytes, name});
+    plan->add(
+        {&HEEDFUL_TARGET::backward<Config>,
+         RowTask < Config::kSide == Side::queries ? RowsOf::queries : RowsOf::keys > ::count(p, kWarps * Config::kRows),
+         kThreads, Config::kSharedBytes, name});
   };
   const auto add_all = [&]<bool kGeneral>(const char* name) {
     add(BackwardConfig<S, kDim, kGeneral, Side::queries>(), name);

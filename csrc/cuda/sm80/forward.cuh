@@ -23,7 +23,7 @@ struct Forward {
   static constexpr int kM = kRows / 16, kN = kKeys / 8, kColumns = kDim / 8;
 
   const Problem& p;
-  const Task task;
+  const RowTask<RowsOf::queries> task;
   const Span span;
   const int own_rows;      // of the sequence, in memory
   const int lane, row0;    // the warp's first query
@@ -36,7 +36,7 @@ struct Forward {
 
   HEEDFUL_DEVICE explicit Forward(const Problem& problem)
       : p(problem),
-        task(p.Sq, p.Hq, Config::kQueries),
+        task(p, Config::kQueries),
         span(band()),
         own_rows(int(band().q_rows)),
         lane(thread_index() % 32),
@@ -251,7 +251,8 @@ template <class S, int kDim>
 void plan_forward_of(const Problem& p, cuda::Plan* plan) {
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
-    plan->add({&forward<Config>, task_count(p.B, p.Sq, p.Hq, Config::kQueries), kThreads, Config::kSharedBytes, name});
+    plan->add(
+        {&forward<Config>, RowTask<RowsOf::queries>::count(p, Config::kQueries), kThreads, Config::kSharedBytes, name});
   };
   if (is_plain(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
   if (!may_decode(p)) plan_norms<S>(p, plan);  // else they are planned already
