@@ -339,6 +339,6 @@ int main() {
   test_copies();
   test_wavefronts();
   test_planted();
-  heedful::test_sm90();
+  heedful::test_sm90(), heedful::test_planted_sm90();
   return heedful::summary();
 }

@@ -124,33 +124,37 @@ void BulkCopies::add_bulk(float* to, uint32_t from, uint32_t bytes, const Where&
 void BulkCopies::begin(Store issued) {
   const int thread = block_.self().index;
   OfThread& own = threads_[size_t(thread)];
-  if (own.agent == kNoAgent) own.agent = sm90_.clocks.add_agent("a bulk store of thread " + std::to_string(thread));
+  if (own.reads == kNoAgent) {
+    own.reads = sm90_.clocks.add_agent("a bulk store of thread " + std::to_string(thread));
+    own.writes = sm90_.clocks.add_agent("a bulk store of thread " + std::to_string(thread));
+  }
   const auto store = std::make_shared<Store>(std::move(issued));
   store->number = ++own.issued;
-  const AsyncAccess by{{own.agent, store->number, store->where}, store->instruction, sm90_.clocks.of(thread)};
+  const AsyncAccess by{{own.reads, store->number, store->where}, store->instruction, sm90_.clocks.of(thread)};
   for (const Chunk& chunk : store->chunks) {
     sm90_.words.async_read(chunk.shared, 16, by);
     for (uint32_t n = chunk.begin; n < chunk.end; n += store->element)
       machine().memory.check_write(chunk.global + n, store->element, store->where);
   }
-  claim(store);
+  claim(*store, {own.writes, store->number, store->where}, by.known);
   own.open.push_back(store);
   if (sm90_.early()) write(*store);
 }
 
 // NOTE: what the order of two stores to the same bytes decides must not depend on chance, sums' last bits included.
-void BulkCopies::claim(const std::shared_ptr<Store>& store) {
-  for (const Chunk& chunk : store->chunks) {
+void BulkCopies::claim(const Store& store, const Stamp& written, const Clock& known) {
+  for (const Chunk& chunk : store.chunks) {
     if (chunk.begin == chunk.end) continue;
     const char *begin = chunk.global + chunk.begin, *end = chunk.global + chunk.end;
-    auto next = claimed_.upper_bound(begin);
-    const auto last = next == claimed_.begin() ? claimed_.end() : std::prev(next);
-    for (const auto& other : {last, next})
-      if (other != claimed_.end() && other->first < end && begin < other->second.first)
-        throw Fault(std::string("unordered: ") + store->instruction + ", " + text(store->where) + ", while " +
-                    other->second.second->instruction + ", " + text(other->second.second->where) +
-                    ", is in flight to the same bytes");
-    claimed_[begin] = {end, store};
+    auto other = claims_.upper_bound(begin);
+    if (other != claims_.begin() && std::prev(other)->second.end > begin) --other;
+    while (other != claims_.end() && other->first < end) {
+      if (!known.knows(other->second.stamp))
+        throw Fault(std::string("unordered: ") + store.instruction + ", " + text(store.where) + ", to bytes that " +
+                    other->second.instruction + ", " + text(other->second.stamp.where) + ", may be in flight to");
+      other = claims_.erase(other);
+    }
+    claims_[begin] = {end, store.instruction, written};
   }
 }
 
@@ -191,16 +195,11 @@ void BulkCopies::wait(size_t groups, bool read_only) {
   for (size_t n = 0; n + groups < own.groups.size(); ++n)
     for (const auto& store : own.groups[n]) {
       read_only ? read(*store) : write(*store);
-      sm90_.clocks.learn(thread, own.agent, store->number);
+      sm90_.clocks.learn(thread, own.reads, store->number);
+      if (!read_only) sm90_.clocks.learn(thread, own.writes, store->number);
     }
   if (own.groups.size() > groups) own.groups_read = std::max(own.groups_read, own.groups.size() - groups);
-  while (!read_only && own.groups.size() > groups) {
-    for (const auto& store : own.groups.front())
-      for (const Chunk& chunk : store->chunks)
-        if (chunk.begin < chunk.end) claimed_.erase(chunk.global + chunk.begin);
-    own.groups.pop_front();
-    --own.groups_read;
-  }
+  for (; !read_only && own.groups.size() > groups; --own.groups_read) own.groups.pop_front();
 }
 
 void BulkCopies::store_some() {

@@ -56,7 +56,7 @@ class BulkCopies {
   };
   using Stores = std::vector<std::shared_ptr<Store>>;
   struct OfThread {
-    int agent = kNoAgent;
+    int reads = kNoAgent, writes = kNoAgent;  // agents: of shared memory, to global memory
     Time issued = 0;
     Stores open;  // that no commit has closed
     std::deque<Stores> groups;
@@ -70,14 +70,17 @@ class BulkCopies {
   void land(Load& load);
   void read(Store& store);
   void write(Store& store);
-  void claim(const std::shared_ptr<Store>& store);
+  void claim(const Store& store, const Stamp& written, const Clock& known);
 
   Block& block_;
   Sm90& sm90_;
   std::vector<Load> loads_;
   std::vector<OfThread> threads_;
-  std::map<const char*, std::pair<const char*, std::shared_ptr<Store>>>
-      claimed_;  // bytes of global memory: end, by whom
+  struct Claim {
+    const char *end, *instruction;
+    Stamp stamp;
+  };
+  std::map<const char*, Claim> claims_;  // bytes of global memory, by their begin
 };
 
 }  // namespace heedful::emulator

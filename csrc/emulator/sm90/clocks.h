@@ -42,8 +42,8 @@ class Clocks {
   enum Fence { async_proxy, mbarrier_init, kFences };
 
   explicit Clocks(int threads);
-  // What a whole warpgroup does is done for others when one of its warps says so. But whoever writes over it by
-  // ordinary stores has to know of every warp: `parts` agents follow the first one.
+  // `parts` agents follow the first one, a warpgroup's warps: one that has waited speaks for it, but whoever writes by
+  // ordinary stores over what the warpgroup reads has to know of each.
   int add_agent(const std::string& name, int parts = 0);
   int parts(int agent) const { return parts_[size_t(agent)]; }
   const std::string& name(int agent) const { return names_[size_t(agent)]; }

@@ -19,5 +19,6 @@ inline void for_all_seeds(const std::function<void()>& run) {
 }
 
 void test_sm90();
+void test_planted_sm90();
 
 }  // namespace heedful
