@@ -128,12 +128,15 @@ int Block::next_thread() {
 // Nobody can go on. Lanes of one warp that wait at different places have diverged.
 void Block::report_stuck() const {
   if (sm90_) {
-    // Lanes of a warp may well wait for different things there.
-    std::string what = "deadlock:", last;
+    // Lanes of a warp may well wait for different things there. Of threads that follow each other the first one is
+    // named.
+    std::string what = "deadlock:";
+    const Thread* last = nullptr;
     for (const Thread& thread : threads_) {
-      const std::string now = describe(thread).substr(describe(thread).find(" of warp"));
-      if (now != last && thread.state != Thread::State::done) what.append(" ").append(describe(thread)).append(";");
-      last = now;
+      const bool same = last && last->state == thread.state && last->instruction == thread.instruction &&
+                        last->where.line() == thread.where.line();
+      if (!same && thread.state != Thread::State::done) what.append(" ").append(describe(thread)).append(", and on;");
+      last = &thread;
     }
     throw Fault(what + sm90_->describe());
   }

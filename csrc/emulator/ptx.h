@@ -121,7 +121,8 @@ inline Float16 narrow<Float16, float>(float x) {
 }
 // Two numbers; the first one goes to the low half.
 template <class T>
-uint32_t pack(float low, float high) {
+uint32_t pack(float low, float high, Where where = Where::current()) {
+  emulator::check_poison(low, where), emulator::check_poison(high, where);
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
 }
 

@@ -40,8 +40,7 @@ __global__ void bulk_and_barriers(float* to, const float* from) {
     load_bulk(stretch, from, 512, mbarrier);
     arrive(mbarrier);
   }
-  while (!try_wait(mbarrier, 1)) {
-  }
+  if (!try_wait(mbarrier, 1)) wait_mbarrier(mbarrier, 1);
   uint32_t r[4];
   ldmatrix(r, stretch);
   stmatrix(stretch + 512, r);

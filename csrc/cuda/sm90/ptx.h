@@ -32,6 +32,7 @@ HEEDFUL_DEVICE void arrive(uint32_t mbarrier) {
 HEEDFUL_DEVICE void arrive_expecting(uint32_t mbarrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier), "r"(bytes) : "memory");
 }
+// Whether that phase has ended. NOTE: not to be looped on, which the emulator cannot run.
 HEEDFUL_DEVICE bool try_wait(uint32_t mbarrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

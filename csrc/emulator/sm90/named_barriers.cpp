@@ -10,6 +10,7 @@ struct NamedBarriers::Arrival {
   int threads;
   bool waits;
   const Where* where;
+  int64_t generation = 0;  // that its warp came in
 };
 
 std::string NamedBarriers::describe(size_t number) const {
@@ -33,14 +34,17 @@ void NamedBarriers::meet(int barrier, int threads, bool waits, const Where& wher
     throw Fault("barrier count: " + what + ": " + std::to_string(threads) + " threads");
   Barrier& b = barriers_[size_t(barrier)];
   Arrival mine{this, size_t(barrier), threads, waits, &where};
-  const int64_t generation = b.generation;
   block_.meet_warp(instruction, where, &mine, [](const Block::Lanes& lanes) {
     for (void* lane : lanes)
       if (static_cast<Arrival*>(lane)->number != static_cast<Arrival*>(lanes[0])->number)
         throw Fault("divergence: lanes of a warp come to different barriers");
+    for (void* lane : lanes) {
+      Arrival& arrival = *static_cast<Arrival*>(lane);
+      arrival.generation = arrival.all->barriers_[arrival.number].generation;
+    }
     arrive(*static_cast<Arrival*>(lanes[0]), block().self().warp());
   });
-  if (waits && b.generation == generation) block_.wait_for(&b, instruction, where);
+  if (waits && b.generation == mine.generation) block_.wait_for(&b, instruction, where);
 }
 
 void NamedBarriers::arrive(const Arrival& arrival, int warp) {

@@ -122,7 +122,10 @@ void expect(const char* name, Planted fault, const Found& found) {
 
 void test_small_faults() {
   const auto of = [](int threads, const std::function<void()>& kernel) {
-    return [=] { return fault_of({1, threads, 32768, true}, kernel); };
+    return [=] {
+      const std::string fault = fault_of({1, threads, 32768, true}, kernel);
+      return fault.empty() ? "nothing" : fault;
+    };
   };
   const auto ready = [](int count) {
     if (thread_index() == 0) init_mbarrier(0, count), fence_mbarrier_init();
@@ -147,6 +150,27 @@ void test_small_faults() {
            ready(1);
            if (thread_index() == 0) arrive_expecting(0, 128), load_bulk(128, zeros.data(), 128, 0);
          }));
+  // Rows that threads read themselves, and a lead that lets the next load come over them.
+  const auto rows = [](bool joined) {
+    static const std::vector<uint4> zeros(8);
+    if (thread_index() == 0) init_mbarrier(0, 1), init_mbarrier(8, 1), fence_mbarrier_init();
+    sync_block();
+    if (thread_index() == 32) {
+      for (uint32_t turn = 0; turn < 3; ++turn) {
+        wait_mbarrier(8, (turn & 1) ^ 1);
+        arrive_expecting(0, 128), load_bulk(128, zeros.data(), 128, 0);
+      }
+    } else if (thread_index() < 32) {
+      for (uint32_t turn = 0; turn < 3; ++turn) {
+        wait_mbarrier(0, turn & 1);
+        load_shared<float>(uint32_t(128 + 4 * thread_index()));
+        if (joined) sync_warp();
+        if (thread_index() == 0) arrive(8);
+      }
+    }
+  };
+  expect("rows read by threads", {"nothing"}, of(64, [=] { rows(true); }));
+  expect("rows released before all have read them", {"race"}, of(64, [=] { rows(false); }));
   // An operand by ordinary stores: [64][16] without swizzle, for a and b both.
   const auto operand = [](bool fenced, bool barrier, bool some_warps_only, bool written_over) {
     const uint64_t at = MatrixDescriptor{1024, 128, 256, Swizzle::none}.bits();
@@ -161,7 +185,7 @@ void test_small_faults() {
     if (some_warps_only) sync_warp();
     if (written_over) store_shared(uint32_t(1024 + 16 * thread_index()), uint4{1, 1, 1, 1});
   };
-  expect("operands written by threads", {""}, of(128, [=] { operand(true, true, false, false); }));
+  expect("operands written by threads", {"nothing"}, of(128, [=] { operand(true, true, false, false); }));
   expect("no proxy fence before wgmma", {"no proxy fence"}, of(128, [=] { operand(false, true, false, false); }));
   expect("no barrier before wgmma", {"race"}, of(128, [=] { operand(true, false, false, false); }));
   expect("an operand written over before all warps have waited", {"race"},
@@ -195,7 +219,7 @@ void test_planted_sm90() {
   expect("a stage released early", Planted::released_early, {"in flight"});
   expect("a stage never released", Planted::never_released, {"deadlock"});
   expect("a release too many", Planted::one_release_too_many, {"in flight"});
-  expect("too few bytes expected", Planted::too_few_bytes, {"transaction count"});
+  expect("too few bytes expected", Planted::too_few_bytes, {"transaction count", "not waited for"});
   expect("too many bytes expected", Planted::too_many_bytes, {"transaction count 16"});
   expect("an mbarrier without fence_mbarrier_init", Planted::no_init_fence, {"no fence_mbarrier_init"});
   expect("an mbarrier without a barrier after its init", Planted::no_init_barrier, {"mbarrier"});

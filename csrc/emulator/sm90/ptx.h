@@ -32,6 +32,7 @@ inline void arrive(uint32_t mbarrier, Where where = Where::current()) {
 inline void arrive_expecting(uint32_t mbarrier, uint32_t bytes, Where where = Where::current()) {
   sm90(where).mbarriers.arrive(mbarrier, bytes, where);
 }
+// NOTE: not to be looped on, since nobody else would go on here.
 inline bool try_wait(uint32_t mbarrier, uint32_t parity, Where where = Where::current()) {
   return sm90(where).mbarriers.test(mbarrier, parity, where);
 }
@@ -140,7 +141,7 @@ inline void stmatrix_transposed(uint32_t address, const uint32_t (&r)[4], Where 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
 inline void fence_wgmma(Where where = Where::current()) { sm90(where).wgmma.fence(); }
-inline void commit_wgmma(Where where = Where::current()) { sm90(where).wgmma.commit(); }
+inline void commit_wgmma(Where where = Where::current()) { sm90(where).wgmma.commit(where); }
 template <int kGroups>
 void wait_wgmma(Where where = Where::current()) {
   sm90(where).wgmma.wait(kGroups, where);

@@ -23,7 +23,7 @@ class Sm90 {
         wgmma(block, *this),
         registers(block),
         block_(block),
-        pace_(Pace(block.random() % 3)) {}
+        pace_(Pace((machine().seed + uint64_t(block.index)) % 3)) {}
 
   Clocks clocks;
   OrderedWords words;

@@ -10,10 +10,9 @@ using namespace heedful::emulated;
 using heedful::for_all_seeds;
 using heedful::machine;
 using heedful::report;
-using heedful::emulator::Grid;
 using heedful::emulator::launch;
 
-// The barrier that a block's first words are, in a launch of `threads`, for copies of `bytes` to it.
+// A block whose first 8 bytes are an mbarrier.
 void begin(int count) {
   if (thread_index() == 0) {
     init_mbarrier(0, count);
@@ -352,9 +351,11 @@ void test_registers() {
 }  // namespace
 
 void heedful::test_sm90() {
-  test_mbarrier();
-  test_tiles(), test_sums();
-  test_descriptor(), test_products();
-  test_stmatrix();
-  test_named_barriers(), test_registers();
+  for (const auto test : {test_mbarrier, test_tiles, test_sums, test_descriptor, test_products, test_stmatrix,
+                          test_named_barriers, test_registers})
+    try {
+      test();
+    } catch (const emulator::Fault& fault) {
+      report(false, fault.what());
+    }
 }

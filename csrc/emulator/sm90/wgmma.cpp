@@ -188,9 +188,15 @@ void Wgmma::multiply_some() {
   }
 }
 
-void Wgmma::commit() {
+Wgmma::Warpgroup& Wgmma::warpgroup_of(int thread, const char* instruction, const Where& where) {
+  if (size_t(thread / 128) >= warpgroups_.size())
+    throw Fault(std::string(instruction) + ", " + text(where) + ": not a whole warpgroup");
+  return warpgroups_[size_t(thread / 128)];
+}
+
+void Wgmma::commit(const Where& where) {
   OfThread& own = threads_[size_t(block_.self().index)];
-  own.groups.push_back(warpgroups_[size_t(block_.self().index / 128)].issued);
+  own.groups.push_back(warpgroup_of(block_.self().index, "commit_wgmma", where).issued);
   own.uncommitted = 0;
   own.fenced = false;
 }
@@ -198,7 +204,7 @@ void Wgmma::commit() {
 void Wgmma::wait(size_t groups, const Where& where) {
   const int thread = block_.self().index;
   OfThread& own = threads_[size_t(thread)];
-  Warpgroup& group = warpgroups_[size_t(thread / 128)];
+  Warpgroup& group = warpgroup_of(thread, "wait_wgmma", where);
   const size_t lane = size_t(thread % 128);
   while (own.groups.size() > groups) own.waited = own.groups.front(), own.groups.pop_front();
   for (; !group.to_do.empty() && group.to_do.front().number <= own.waited; group.to_do.pop_front())

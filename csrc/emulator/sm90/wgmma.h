@@ -1,6 +1,7 @@
 // wgmma: a warpgroup's products. Operands are read some time between an instruction's issue and the wait for its group;
 // the accumulators are handed back at the wait. Until then they hold a poison of their own, so that a touch is seen: a
-// write at the wait, a read wherever the numbers leave registers (check_poison).
+// write at the wait, a read wherever the numbers leave registers (check_poison). Registers are known by the arrays that
+// stand for them: an array that is filled anew while a wgmma reads it is a fault.
 #pragma once
 
 #include <array>
@@ -33,7 +34,7 @@ class Wgmma {
 
   void fence();
   static void issue(const Block::WarpgroupLanes& calls);
-  void commit();
+  void commit(const Where& where);
   void wait(size_t groups, const Where& where);
 
   void multiply_some();
@@ -81,8 +82,8 @@ class Wgmma {
   std::shared_ptr<Accumulators> accumulators(const Block::WarpgroupLanes& calls, Warpgroup& group, int first);
   void check_registers(int thread, const void* at, size_t bytes, bool values_matter, bool is_a, int number,
                        const Where& where);
+  Warpgroup& warpgroup_of(int thread, const char* instruction, const Where& where);
   void multiply(Product& product);
-  void read_operand(const Product& product, bool of_b, std::vector<float>& to) const;
 
   Block& block_;
   Sm90& sm90_;
