@@ -38,15 +38,15 @@ void Mbarriers::init(uint32_t address, int count, const Where& where) {
 
 Mbarriers::Mbarrier& Mbarriers::find(uint32_t address, const char* instruction, const Where& where) {
   const auto found = mbarriers_.find(address);
-  const std::string what = std::string(instruction) + ", " + text(where) + ", at " + std::to_string(address);
-  if (found == mbarriers_.end()) throw Fault("uninitialised mbarrier: " + what);
+  const auto fail = [&](const std::string& fault, const std::string& why) {
+    throw Fault(fault + ": " + instruction + ", " + text(where) + ", at " + std::to_string(address) + why);
+  };
+  if (found == mbarriers_.end()) fail("uninitialised mbarrier", "");
   Mbarrier& mbarrier = found->second;
   const Clock& known = clocks_.of(block_.self().index);
-  if (!known.knows(mbarrier.init))
-    throw Fault("race: " + what + ": no barrier since its init, " + text(mbarrier.init.where));
+  if (!known.knows(mbarrier.init)) fail("race", ": no barrier since its init, " + text(mbarrier.init.where));
   if (!clocks_.fenced(Clocks::mbarrier_init, mbarrier.init, known))
-    throw Fault("no fence_mbarrier_init: " + what + ": not between its init, " + text(mbarrier.init.where) +
-                ", and the barrier");
+    fail("no fence_mbarrier_init", ": not between its init, " + text(mbarrier.init.where) + ", and the barrier");
   return mbarrier;
 }
 

@@ -172,24 +172,25 @@ void test_small_faults() {
   expect("rows read by threads", {"nothing"}, of(64, [=] { rows(true); }));
   expect("rows released before all have read them", {"race"}, of(64, [=] { rows(false); }));
   // An operand by ordinary stores: [64][16] without swizzle, for a and b both.
-  const auto operand = [](bool fenced, bool barrier, bool some_warps_only, bool written_over) {
+  const auto operand = [](bool fenced, bool barrier, bool fenced_late, bool written_over) {
     const uint64_t at = MatrixDescriptor{1024, 128, 256, Swizzle::none}.bits();
     store_shared(uint32_t(1024 + 16 * thread_index()), uint4{0, 0, 0, 0});
     if (fenced) fence_async_shared();
     if (barrier) sync_block();
+    if (fenced_late) fence_async_shared();
     float d[32];
     fence_wgmma();
     wgmma_zero<BFloat16>(d, at, at);
     commit_wgmma();
     wait_wgmma<0>();
-    if (some_warps_only) sync_warp();
     if (written_over) store_shared(uint32_t(1024 + 16 * thread_index()), uint4{1, 1, 1, 1});
   };
   expect("operands written by threads", {"nothing"}, of(128, [=] { operand(true, true, false, false); }));
   expect("no proxy fence before wgmma", {"no proxy fence"}, of(128, [=] { operand(false, true, false, false); }));
+  expect("a proxy fence after the barrier", {"no proxy fence"}, of(128, [=] { operand(false, true, true, false); }));
   expect("no barrier before wgmma", {"race"}, of(128, [=] { operand(true, false, false, false); }));
   expect("an operand written over before all warps have waited", {"race"},
-         of(128, [=] { operand(true, true, true, true); }));
+         of(128, [=] { operand(true, true, false, true); }));
   expect("a wgmma of half a warpgroup", {"not a whole warpgroup"}, of(64, [=] { operand(true, true, false, false); }));
   expect("a wgmma in one warp's branch", {"deadlock"}, of(128, [=] {
            if (thread_index() >= 32) operand(true, false, false, false);

@@ -57,33 +57,36 @@ void Wgmma::fence() {
 void Wgmma::check_registers(int thread, const void* at, size_t bytes, bool values_matter, bool is_a, int number,
                             const Where& where) {
   OfThread& own = threads_[size_t(thread)];
-  const std::string what = std::string(is_a ? "a's registers" : "accumulators") + " of thread " +
-                           std::to_string(thread) + ", " + text(where);
+  const auto fail = [&](const char* fault) {
+    throw Fault(std::string(fault) + (is_a ? " a's registers" : " accumulators") + " of thread " +
+                std::to_string(thread) + ", " + text(where));
+  };
   auto known = std::find_if(own.registers.begin(), own.registers.end(),
                             [&](const Registers& r) { return r.at == at && r.bytes == bytes; });
   const uint64_t now = hash(at, bytes);
   if (known == own.registers.end()) {
-    if (!own.fenced) throw Fault("no wgmma fence: before the first use of " + what);
+    if (!own.fenced) fail("no wgmma fence: before the first use of");
     known = own.registers.insert(known, {at, bytes, now, now, 0, where, is_a});
   } else if (known->last && known->left != now) {
-    throw Fault("in flight: written while a wgmma reads them: " + what);
+    fail("in flight: written while a wgmma reads them:");
   } else if (!own.fenced) {
-    if (known->left != now || !values_matter) throw Fault("no wgmma fence: since the last touch of " + what);
+    if (known->left != now || !values_matter) fail("no wgmma fence: since the last touch of");
   } else if (values_matter && known->fenced != now) {
-    throw Fault("no wgmma fence: touched after it: " + what);
+    fail("no wgmma fence: touched after it:");
   }
   known->left = now, known->last = number, known->where = where, known->is_a = is_a;
 }
 
 std::shared_ptr<Wgmma::Accumulators> Wgmma::accumulators(const Block::WarpgroupLanes& calls, Warpgroup& group,
                                                          int first) {
-  const auto& of = [&](size_t lane) -> const WgmmaCall& { return *static_cast<WgmmaCall*>(calls[lane]); };
+  const auto of = [&](size_t lane) -> const WgmmaCall& { return *static_cast<WgmmaCall*>(calls[lane]); };
   const size_t count = size_t(of(0).count);
   for (const auto& d : group.in_flight) {
     if (d->registers[0] != of(0).d || d->returned[0]) continue;
     for (size_t lane = 0; lane < kLanes; ++lane) {
       if (d->registers[lane] != of(lane).d || d->count != count || d->returned[lane])
-        throw Fault("divergence: wgmma, " + text(of(lane).where) + ": accumulators in flight in another shape");
+        throw Fault("in flight: wgmma, " + text(of(lane).where) +
+                    ": accumulators of another shape, or not in all lanes");
       if (!all_poison(of(lane).d, count))
         throw Fault("in flight: an accumulator of thread " + std::to_string(size_t(first) + lane) +
                     " was touched before wgmma, " + text(of(lane).where));
