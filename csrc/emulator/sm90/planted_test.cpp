@@ -171,6 +171,25 @@ void test_small_faults() {
   };
   expect("rows read by threads", {"nothing"}, of(64, [=] { rows(true); }));
   expect("rows released before all have read them", {"race"}, of(64, [=] { rows(false); }));
+  // copy_async beside all that: its bytes are a thread's stores, for the proxies too.
+  const auto copies = [](bool waited, bool fenced) {
+    static const std::vector<uint4> zeros(128);
+    const uint64_t at = MatrixDescriptor{1024, 128, 256, Swizzle::none}.bits();
+    copy_async(uint32_t(1024 + 16 * thread_index()), &zeros[size_t(thread_index())], 16);
+    commit_copies();
+    if (waited) wait_copies<0>();
+    if (fenced) fence_async_shared();
+    sync_block();
+    float d[32];
+    fence_wgmma();
+    wgmma_zero<BFloat16>(d, at, at);
+    commit_wgmma();
+    wait_wgmma<0>();
+    wait_copies<0>();
+  };
+  expect("operands copied by copy_async", {"nothing"}, of(128, [=] { copies(true, true); }));
+  expect("copy_async not waited for", {"in flight"}, of(128, [=] { copies(false, true); }));
+  expect("no proxy fence after copy_async", {"no proxy fence"}, of(128, [=] { copies(true, false); }));
   // An operand by ordinary stores: [64][16] without swizzle, for a and b both.
   const auto operand = [](bool fenced, bool barrier, bool fenced_late, bool written_over) {
     const uint64_t at = MatrixDescriptor{1024, 128, 256, Swizzle::none}.bits();
