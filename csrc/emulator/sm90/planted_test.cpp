@@ -226,6 +226,41 @@ void test_small_faults() {
            ready(1);
            if (thread_index() == 0) arrive_expecting(0, 256), load_tile(1024, map, 0, {0, 0});
          }));
+  // Zeros [64][16] as both operands; `run` issues.
+  const auto zeros = [](const std::function<void(float (&)[32], uint64_t)>& run) {
+    return [=] {
+      store_shared(uint32_t(1024 + 16 * thread_index()), uint4{0, 0, 0, 0});
+      fence_async_shared();
+      sync_block();
+      float d[32];
+      fence_wgmma();
+      run(d, MatrixDescriptor{1024, 128, 256, Swizzle::none}.bits());
+    };
+  };
+  expect("threads that bring different descriptors", {"different descriptors"},
+         of(128, zeros([](auto& d, uint64_t at) { wgmma_zero<BFloat16>(d, at + (thread_index() == 77), at); })));
+  expect("a thread that leaves before wait_wgmma", {"unwaited"}, of(128, zeros([](auto& d, uint64_t at) {
+                                                                      wgmma_zero<BFloat16>(d, at, at);
+                                                                      commit_wgmma();
+                                                                    })));
+  expect("a thread that leaves before commit_wgmma", {"unwaited"},
+         of(128, zeros([](auto& d, uint64_t at) { wgmma_zero<BFloat16>(d, at, at); })));
+  expect("products in flight to one half of the accumulators", {"another shape"},
+         of(128, zeros([](auto& d, uint64_t at) {
+              wgmma_zero<BFloat16>(d, at, at);
+              wgmma_zero<BFloat16>(reinterpret_cast<float (&)[16]>(d), at, at);
+            })));
+  expect("an operand that ends beyond shared memory", {"out of bounds"},
+         of(128, zeros([](auto& d, uint64_t) {
+              const uint64_t at = MatrixDescriptor{32768 - 1024, 128, 256, Swizzle::none}.bits();
+              wgmma_zero<BFloat16>(d, at, at);
+            })));
+  expect("a warp that comes to a barrier twice", {"comes twice"}, of(96, [] {
+           if (thread_index() < 32) arrive_named(1, 96), arrive_named(1, 96);
+         }));
+  expect("setmaxnreg in three warps of one warpgroup", {"not in all warps"}, of(128, [] {
+           if (thread_index() < 96) lower_registers<40>();
+         }));
   expect("setmaxnreg beyond its range", {"not a multiple of 8"}, of(128, [] { raise_registers<260>(); }));
 }
 
