@@ -22,8 +22,7 @@ bool all_poison(const float* values, size_t count) {
   return std::all_of(values, values + count, [](float x) { return std::bit_cast<uint32_t>(x) == kInFlight; });
 }
 
-}  // namespace
-
+// Where number `k` of row `mn` of an operand lies.
 uint32_t operand_address(uint64_t descriptor, cuda::Major major, uint32_t mn, uint32_t k) {
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
@@ -39,6 +38,8 @@ uint32_t operand_address(uint64_t descriptor, cuda::Major major, uint32_t mn, ui
   return cuda::swizzled(start + unit % units * 16 + unit / units * next_units + k % 8 * row + k / 8 * next_k, swizzle) +
          number;
 }
+
+}  // namespace
 
 Wgmma::Wgmma(Block& block, Sm90& sm90)
     : block_(block),

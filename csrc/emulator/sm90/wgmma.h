@@ -91,7 +91,4 @@ class Wgmma {
   std::vector<OfThread> threads_;
 };
 
-// Where number `k` of row `mn` of an operand lies.
-uint32_t operand_address(uint64_t descriptor, cuda::Major major, uint32_t mn, uint32_t k);
-
 }  // namespace heedful::emulator
