@@ -18,6 +18,7 @@ enum class Planted {
   no_init_barrier,
   never_initialised,
   no_wait_for_values,
+  one_thread_waits_for_values,
   no_wgmma_fence,
   no_wgmma_fence_after_packing,
   touched_after_fence,
@@ -145,7 +146,9 @@ struct Product : ProductConfig {
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int r = 0; r < 4; ++r) p[k][r] = pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
-    if (!is(Planted::no_wait_for_values)) wait_mbarrier(base + kValuesFull, 0);
+    const bool waits =
+        is(Planted::one_thread_waits_for_values) ? thread_index() % 128 == 0 : !is(Planted::no_wait_for_values);
+    if (waits) wait_mbarrier(base + kValuesFull, 0);
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
       const uint64_t of_values = MatrixDescriptor{base + kValues + half * kHalf, kHalf, 1024, Swizzle::bytes128}.bits();

@@ -280,6 +280,7 @@ void test_planted_sm90() {
   expect("an mbarrier without a barrier after its init", Planted::no_init_barrier, {"mbarrier"});
   expect("an mbarrier never initialised", Planted::never_initialised, {"uninitialised mbarrier"});
   expect("a load not waited for", Planted::no_wait_for_values, {"in flight"});
+  expect("a load that one thread alone waits for", Planted::one_thread_waits_for_values, {"in flight"});
   expect("no fence_wgmma", Planted::no_wgmma_fence, {"no wgmma fence"});
   expect("no fence_wgmma after packing", Planted::no_wgmma_fence_after_packing, {"no wgmma fence"});
   expect("accumulators touched after fence_wgmma", Planted::touched_after_fence, {"no wgmma fence"});
