@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -26,6 +27,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   uint32_t shared_bytes;
+  bool sm90 = false;  // whether the kernel uses instructions of sm_90a
 };
 
 struct Statistics {
@@ -54,12 +56,13 @@ struct Copy {
 };
 
 struct Thread {
-  enum class State { ready, at_warp, at_block, done };
+  enum class State { ready, at_warp, at_warpgroup, at_block, at_event, done };
   int index = 0;
   State state = State::done;
   const char* instruction = "";  // where it waits
   Where where;
   void* arguments = nullptr;
+  const void* event = nullptr;   // that it waits for
   std::vector<Copy> open_group;  // of copies that no commit has closed
   std::vector<std::vector<Copy>> groups;
   Fiber fiber;
@@ -68,9 +71,12 @@ struct Thread {
   int lane() const { return index % 32; }
 };
 
+class Sm90;
+
 class Block {
  public:
-  Block(const Grid& grid, const std::function<void()>& kernel) : grid_(grid), kernel_(kernel) {}
+  Block(const Grid& grid, const std::function<void()>& kernel);
+  ~Block();
   void run(int64_t index);
 
   int64_t index = 0;
@@ -81,6 +87,13 @@ class Block {
   // All lanes of the caller's warp meet at one instruction; the last one to come performs it for all 32.
   using Lanes = std::array<void*, 32>;
   void meet_warp(const char* instruction, const Where& where, void* arguments, void (*perform)(const Lanes&));
+  using WarpgroupLanes = std::array<void*, 128>;
+  void meet_warpgroup(const char* instruction, const Where& where, void* arguments,
+                      void (*perform)(const WarpgroupLanes&));
+  // The caller alone stops until somebody lets go on whoever waits for that event.
+  void wait_for(const void* event, const char* instruction, const Where& where);
+  void wake(const void* event);
+  bool anyone_ready() const { return !ready_.empty(); }
   void sync_warp(const Where& where);
   void sync_block(const Where& where);
 
@@ -88,6 +101,9 @@ class Block {
     return {self().index, block_epoch_, warp_epoch_[size_t(self().warp())], where, whole_warp};
   }
   bool coin() { return random_() & 1; }
+  uint64_t random() { return random_(); }
+  // What instructions of sm_90a need: a fault in a block that was launched without.
+  Sm90& sm90(const Where& where);
   // One lane's part of a warp's shared memory access, for the count of wavefronts.
   void note_traffic(const Where& where, uint32_t address, int bytes, bool store);
 
@@ -95,6 +111,8 @@ class Block {
   static void body(void* block);
   void wait(Thread::State state, const char* instruction, const Where& where, void* arguments);
   void release(int first, int count);
+  // Counts the caller in; whether it is the last of them, all of which have come to the same place.
+  bool last_to_come(int& came, int first, int count, const char* instruction, const Where& where);
   int next_thread();
   [[noreturn]] void report_stuck() const;
   void count_traffic();
@@ -104,7 +122,8 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<int> ready_;
   Thread* current_ = nullptr;
-  std::vector<int> at_warp_;
+  std::unique_ptr<Sm90> sm90_;
+  std::vector<int> at_warp_, at_warpgroup_;
   int at_block_ = 0;
   int64_t block_epoch_ = 0;
   std::vector<int64_t> warp_epoch_;

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "sm90/poison.h"
 
 #define HEEDFUL_TARGET emulated
 #define HEEDFUL_DEVICE inline
@@ -105,12 +106,12 @@ T narrow(C x) {
 template <>
 inline BFloat16 narrow<BFloat16, float>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return {0x7fff};
+  if (x != x) return emulator::check_poison(x, Where::current()), BFloat16{0x7fff};
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline Float16 narrow<Float16, float>(float x) {
-  if (x != x) return {0x7fff};
+  if (x != x) return emulator::check_poison(x, Where::current()), Float16{0x7fff};
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
   if (magnitude >= 65520) return {uint16_t(sign | 0x7c00)};
@@ -120,7 +121,8 @@ inline Float16 narrow<Float16, float>(float x) {
 }
 // Two numbers; the first one goes to the low half.
 template <class T>
-uint32_t pack(float low, float high) {
+uint32_t pack(float low, float high, Where where = Where::current()) {
+  emulator::check_poison(low, where), emulator::check_poison(high, where);
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
 }
 
@@ -170,6 +172,7 @@ T load_shared(uint32_t address, Where where = Where::current()) {
 }
 template <class T>
 void store_shared(uint32_t address, T x, Where where = Where::current()) {
+  emulator::check_poison(x, where);
   block().note_traffic(where, address, sizeof(T), true);
   block().shared.write(address, &x, sizeof(T), block().access(where));
 }
@@ -220,6 +223,7 @@ T load_global(const T* from, Where where = Where::current()) {
 }
 template <class T>
 void store_global(T* to, T x, Where where = Where::current()) {
+  emulator::check_poison(x, where);
   emulator::machine().memory.check_write(to, sizeof(T), where);
   *to = x;
 }

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <set>
 
+#include "sm90/ordered_words.h"
+
 namespace heedful::emulator {
 namespace {
 
@@ -18,9 +20,10 @@ bool ordered(int thread, int64_t block_epoch, int64_t warp_epoch, const Access& 
 
 }  // namespace
 
-void SharedMemory::reset(uint32_t bytes) {
+void SharedMemory::reset(uint32_t bytes, OrderedWords* ordered) {
   bytes_.assign(bytes, 0xff);
-  words_.assign((bytes + 3) / 4, Word());
+  ordered_ = ordered;
+  words_.assign(ordered ? 0 : (bytes + 3) / 4, Word());
 }
 
 void SharedMemory::check_bounds(uint32_t address, uint32_t bytes, const Access& by) const {
@@ -33,7 +36,8 @@ void SharedMemory::check_bounds(uint32_t address, uint32_t bytes, const Access& 
 
 void SharedMemory::read(uint32_t address, void* to, uint32_t bytes, const Access& by) {
   check_bounds(address, bytes, by);
-  for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
+  if (ordered_) ordered_->read(address, bytes, by);
+  for (uint32_t a = address / 4 * 4; !ordered_ && a < address + bytes; a += 4) {
     Word& word = word_at(a);
     if (word.copier != kNobody)
       throw Fault("race: shared word " + std::to_string(a) + " is read by " + thread_name(by.thread) + ", " +
@@ -71,8 +75,9 @@ void SharedMemory::check_write(const Word& word, uint32_t address, const Access&
 
 void SharedMemory::write(uint32_t address, const void* from, uint32_t bytes, const Access& by) {
   check_bounds(address, bytes, by);
+  if (ordered_) ordered_->write(address, bytes, by);
   // Two threads may write the two halves of a word: the check is as strict as if it were one.
-  for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
+  for (uint32_t a = address / 4 * 4; !ordered_ && a < address + bytes; a += 4) {
     Word& word = word_at(a);
     const bool half = bytes < 4 && word.writer != kNobody && word.writer / 32 == by.thread / 32;
     if (!half) check_write(word, a, by);
@@ -84,7 +89,8 @@ void SharedMemory::write(uint32_t address, const void* from, uint32_t bytes, con
 
 void SharedMemory::begin_copy(uint32_t address, uint32_t bytes, const Access& by) {
   check_bounds(address, bytes, by);
-  for (uint32_t a = address; a < address + bytes; a += 4) {
+  if (ordered_) ordered_->begin_copy(address, bytes, by);
+  for (uint32_t a = address; !ordered_ && a < address + bytes; a += 4) {
     Word& word = word_at(a);
     check_write(word, a, by);
     word.copier = by.thread, word.copied = by.where;
@@ -97,7 +103,8 @@ void SharedMemory::land(uint32_t address, const void* from, uint32_t bytes) {
 }
 
 void SharedMemory::end_copy(uint32_t address, uint32_t bytes, const Access& by) {
-  for (uint32_t a = address; a < address + bytes; a += 4) {
+  if (ordered_) ordered_->end_copy(address, bytes, by);
+  for (uint32_t a = address; !ordered_ && a < address + bytes; a += 4) {
     Word& word = word_at(a);
     word.copier = kNobody;
     word.writer = by.thread, word.write_block = by.block_epoch, word.write_warp = by.warp_epoch;

@@ -16,6 +16,8 @@
 
 namespace heedful::emulator {
 
+class OrderedWords;
+
 // Who accesses: the barriers that the thread's block and warp have passed stand for the time.
 struct Access {
   int thread;  // of the block
@@ -26,7 +28,8 @@ struct Access {
 
 class SharedMemory {
  public:
-  void reset(uint32_t bytes);
+  // Blocks that use sm_90a bring their own checker of races.
+  void reset(uint32_t bytes, OrderedWords* ordered = nullptr);
   uint32_t size() const { return uint32_t(bytes_.size()); }
 
   void read(uint32_t address, void* to, uint32_t bytes, const Access& by);
@@ -37,6 +40,10 @@ class SharedMemory {
   void land(uint32_t address, const void* from, uint32_t bytes);
   void end_copy(uint32_t address, uint32_t bytes, const Access& by);
 
+  // For asynchronous reads and writes, which ordered_words.h has checked.
+  const unsigned char* at(uint32_t address) const { return &bytes_[address]; }
+  void check_bounds(uint32_t address, uint32_t bytes, const Access& by) const;
+
  private:
   static constexpr int kNobody = -1;
   struct Word {
@@ -45,12 +52,12 @@ class SharedMemory {
     int64_t write_block = -1, write_warp = -1, read_block = -1, read_warp = -1;
     Where written, read, copied;
   };
-  void check_bounds(uint32_t address, uint32_t bytes, const Access& by) const;
   void check_write(const Word& word, uint32_t address, const Access& by) const;
   Word& word_at(uint32_t address) { return words_[address / 4]; }
 
   std::vector<unsigned char> bytes_;
   std::vector<Word> words_;
+  OrderedWords* ordered_ = nullptr;
 };
 
 // Wavefronts that a warp's shared memory accesses take, and the least that they could take.

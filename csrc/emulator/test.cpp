@@ -1,5 +1,7 @@
 // Tests of the emulator itself: each instruction against its definition in the PTX manual, written out once more; and
 // faults planted in a kernel, each of which has to be caught by name.
+#include "sm90/test.h"
+
 #include "../cuda/ptx.h"
 #include "../test_report.h"
 
@@ -337,5 +339,6 @@ int main() {
   test_copies();
   test_wavefronts();
   test_planted();
+  heedful::test_sm90(), heedful::test_planted_sm90();
   return heedful::summary();
 }
