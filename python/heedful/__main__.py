@@ -110,7 +110,7 @@ def about() -> str:
         "built": [
             f"heedful {built['version']} by {built['compiler']}, for torch {built['torch_target']} and newer",
             f"instruction sets: {', '.join(built['isas'])}",
-            f"kernels for GPUs: {ops.no_gpu() or 'loaded; they have run under emulation only, and what follows is of the CPU'}",
+            f"kernels for GPUs: {ops.no_gpu() or 'loaded; so far run under emulation only. Checked below: the CPU'}",
         ],
         "machine": [
             f"{platform.machine()}, best instruction set of these: {_info.cpu_capability()}",

@@ -17,7 +17,7 @@ constexpr ForwardTile kForwardTile = {};
 template <>
 constexpr ForwardTile kForwardTile<64, false> = {32, 64};  // 128 accumulators, 48 KB
 template <>
-constexpr ForwardTile kForwardTile<64, true> = {16, 64};  // 64, 40 KB
+constexpr ForwardTile kForwardTile<64, true> = {16, 32};  // 48, 24 KB; 64 keys would spill
 template <>
 constexpr ForwardTile kForwardTile<128, false> = {16, 64};  // 96, 80 KB
 template <>
