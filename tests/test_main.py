@@ -14,7 +14,7 @@ import torch
 
 import heedful
 from heedful import __main__ as program
-from heedful import demo, selfcheck
+from heedful import demo, ops, selfcheck
 from heedful.demo import model, text, train
 
 needs_extra = pytest.mark.skipif(
@@ -39,6 +39,14 @@ def test_alone_it_checks_itself(tmp_path: Path) -> None:
     assert "FAILED" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_why_no_gpu_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 columns, whatever the reason."""
+    reason = "not loaded: " + " ".join(["reason"] * 40)
+    monkeypatch.setattr(ops, "NO_CUDA", reason)
+    lines = program.about().splitlines()
+    assert max(map(len, lines)) <= 100 and reason in " ".join(" ".join(lines).split())
 
 
 def test_help_says_all(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from heedful import _info, ops, selfcheck
 from heedful.explain import Explanation
 
 FAILED, CANNOT_RUN = 1, 2
+LINE = 88  # columns, past the first ten
 CHECK = """\
 Self-check against torch, results and gradients; where torch has no such option, against its plain
 operations (heedful.reference). Allowed is twice the error of torch in the same dtype, plus a
@@ -106,11 +108,12 @@ def about() -> str:
     built = _info.build_info()
     calls = {str(dtype).removeprefix("torch."): _explained(dtype) for dtype in selfcheck.DTYPES}
     reasons = dict.fromkeys(reason for call in calls.values() for reason in call.reasons)
+    on_gpus = f"kernels for GPUs: {ops.no_gpu() or 'loaded; so far run under emulation only. Checked below: the CPU'}"
     rows = {
         "built": [
             f"heedful {built['version']} by {built['compiler']}, for torch {built['torch_target']} and newer",
             f"instruction sets: {', '.join(built['isas'])}",
-            f"kernels for GPUs: {ops.no_gpu() or 'loaded; so far run under emulation only. Checked below: the CPU'}",
+            *textwrap.wrap(on_gpus, LINE),
         ],
         "machine": [
             f"{platform.machine()}, best instruction set of these: {_info.cpu_capability()}",
