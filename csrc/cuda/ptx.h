@@ -54,6 +54,9 @@ HEEDFUL_DEVICE float reciprocal(float x) {
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
 
+HEEDFUL_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+HEEDFUL_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+
 HEEDFUL_DEVICE float widen(float x) { return x; }
 HEEDFUL_DEVICE double widen(double x) { return x; }
 HEEDFUL_DEVICE float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -96,10 +99,17 @@ HEEDFUL_DEVICE uint32_t pack<Float16>(float low, float high) {
   return y;
 }
 
+// To TensorFloat-32, which has 10 bits of mantissa: to the nearest, of two equally near ones to the one farther from 0.
+HEEDFUL_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // c [16][8] += a [16][16] b [16][8], which lie over the warp's registers as the PTX manual's "Matrix Fragments for
-// mma.m16n8k16" has it.
+// mma.m16n8k16" has it. Of float32, which has to be in TensorFloat-32: a [16][8] b [8][8], as for mma.m16n8k8.
 template <class T>
 HEEDFUL_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -112,6 +122,13 @@ HEEDFUL_DEVICE void mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_
 template <>
 HEEDFUL_DEVICE void mma<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+HEEDFUL_DEVICE void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -80,6 +80,9 @@ inline float reciprocal(float x) { return 1 / x; }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------------------
 
+inline float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -126,9 +129,27 @@ uint32_t pack(float low, float high, Where where = Where::current()) {
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
 }
 
+// To TensorFloat-32, which has 10 bits of mantissa: to the nearest, of two equally near ones to the one farther from 0.
+inline uint32_t to_tf32(float x, Where where = Where::current()) {
+  emulator::check_poison(x, where);
+  if (x != x) return 0x7fffffff;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (std::isinf(x) ? bits : bits + 0x1000) & 0xffffe000;
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// What a lane holds of a [16][16], b [16][8] and c [16][8] (PTX manual, "Matrix Fragments for mma.m16n8k16").
+// The numbers of a register of a or b; of TensorFloat-32 the low bits do not count.
+template <class T>
+float number(uint32_t bits, int n) {
+  if constexpr (sizeof(T) == 4)
+    return std::bit_cast<float>(bits & 0xffffe000);
+  else
+    return widen(T{uint16_t(n ? bits >> 16 : bits)});
+}
+
+// What a lane holds of a [16][16], b [16][8] and c [16][8] (PTX manual, "Matrix Fragments for mma.m16n8k16"); of
+// float32, with one number in a register instead of two, a [16][8] and b [8][8] ("for mma.m16n8k8").
 struct Fragments {
   float* c;
   const uint32_t *a, *b;
@@ -138,19 +159,19 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where 
   const uint32_t b[2] = {b0, b1};
   Fragments mine{c, a, b};
   block().meet_warp("mma", where, &mine, [](const emulator::Block::Lanes& lanes) {
-    float a[16][16], b[16][8], c[16][8];
-    const auto half = [](uint32_t pair, int n) { return widen(T{uint16_t(n ? pair >> 16 : pair)}); };
+    constexpr int kNumbers = 4 / sizeof(T), kDepth = 8 * kNumbers;
+    float a[16][kDepth], b[kDepth][8], c[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Fragments& f = *static_cast<Fragments*>(lanes[size_t(lane)]);
-      const int group = lane / 4, at = lane % 4 * 2;
-      for (int n = 0; n < 2; ++n) {
-        for (int r = 0; r < 4; ++r) a[group + 8 * (r & 1)][at + 8 * (r >> 1) + n] = half(f.a[r], n);
-        for (int r = 0; r < 2; ++r) b[at + 8 * r + n][group] = half(f.b[r], n);
-        for (int r = 0; r < 2; ++r) c[group + 8 * r][at + n] = f.c[2 * r + n];
+      const int group = lane / 4, in_group = lane % 4, at = in_group * kNumbers;
+      for (int n = 0; n < kNumbers; ++n) {
+        for (int r = 0; r < 4; ++r) a[group + 8 * (r & 1)][at + kDepth / 2 * (r >> 1) + n] = number<T>(f.a[r], n);
+        for (int r = 0; r < 2; ++r) b[at + kDepth / 2 * r + n][group] = number<T>(f.b[r], n);
       }
+      for (int n = 0; n < 4; ++n) c[group + 8 * (n >> 1)][in_group * 2 + (n & 1)] = f.c[n];
     }
     for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 16; ++k)
+      for (int k = 0; k < kDepth; ++k)
         for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < 32; ++lane) {
       const Fragments& f = *static_cast<Fragments*>(lanes[size_t(lane)]);

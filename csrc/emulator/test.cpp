@@ -79,6 +79,54 @@ void test_mma(const char* name) {
   report(!std::memcmp(got, expected, sizeof got), std::string("mma of ") + name);
 }
 
+// PTX manual, cvt.rna.tf32: numbers of 10 bits of mantissa stay, all others go to the nearest, ties away from 0.
+void test_tf32_conversion() {
+  bool same = true, nearest = true;
+  const auto to = [](float x) { return std::bit_cast<float>(to_tf32(x)); };
+  for (uint32_t bits = 0; bits < 0x7f800000; bits += 0x2000) {
+    const float x = std::bit_cast<float>(bits), next = std::bit_cast<float>(bits + 0x2000);
+    same &= to(x) == x && to(-x) == -x;
+    const float middle = std::bit_cast<float>(bits + 0x1000), below = std::nextafter(middle, 0.0f);
+    nearest &= to(middle) == next && to(-middle) == -next && to(below) == x && to(-below) == -x;
+  }
+  same &= to(INFINITY) == INFINITY && to(-INFINITY) == -INFINITY;
+  for (uint32_t bits : {0x7f800001u, 0x7fc00000u, 0xffffffffu}) same &= std::isnan(to(std::bit_cast<float>(bits)));
+  report(same && nearest, "conversions of TensorFloat-32");
+}
+
+// PTX manual, "Matrix Fragments for mma.m16n8k8": rows and columns of the elements ai, bi and ci of .tf32. What the
+// numbers have below their 10 bits of mantissa does not count.
+void test_mma_tf32() {
+  float a[16][8], b[8][8], expected[16][8], got[16][8];
+  const auto small = [](int n) { return float(n * 37 % 17 - 8) * 129 / 512; };
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 8; ++k) a[i][k] = small(i * 8 + k);
+  for (int k = 0; k < 8; ++k)
+    for (int j = 0; j < 8; ++j) b[k][j] = small(k * 11 + j * 5 + 1);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      expected[i][j] = float(i - j);
+      for (int k = 0; k < 8; ++k) expected[i][j] += a[i][k] * b[k][j];
+    }
+  heedful::emulator::launch({1, 32, 0}, [&] {
+    const int lane = thread_index(), group = lane >> 2, in_group = lane % 4;
+    const auto with_low_bits = [](float x) { return std::bit_cast<uint32_t>(x) | 0x1fff; };
+    uint32_t fragment_a[4], fragment_b[2];
+    float c[4];
+    for (int i = 0; i < 4; ++i) {
+      const int row = i == 0 || i == 2 ? group : group + 8, column = i < 2 ? in_group : in_group + 4;
+      fragment_a[i] = with_low_bits(a[row][column]);
+    }
+    for (int i = 0; i < 2; ++i) fragment_b[i] = with_low_bits(b[i == 0 ? in_group : in_group + 4][group]);
+    const auto row = [&](int i) { return i < 2 ? group : group + 8; };
+    const auto column = [&](int i) { return in_group * 2 + (i & 1); };
+    for (int i = 0; i < 4; ++i) c[i] = float(row(i) - column(i));
+    mma<float>(c, fragment_a, fragment_b[0], fragment_b[1]);
+    for (int i = 0; i < 4; ++i) got[row(i)][column(i)] = c[i];
+  });
+  report(!std::memcmp(got, expected, sizeof got), "mma of TensorFloat-32");
+}
+
 // PTX manual, ldmatrix: thread n holds elements (n / 4, 2 (n % 4)) and its right neighbour of each matrix.
 void test_ldmatrix() {
   bool plain = true, transposed = true;
@@ -333,6 +381,7 @@ int main() {
   test_conversions<BFloat16>("bfloat16", std::ldexp(1.0f, -133));
   test_conversions<Float16>("float16", std::ldexp(1.0f, -24));
   test_mma<BFloat16>("bfloat16"), test_mma<Float16>("float16");
+  test_tf32_conversion(), test_mma_tf32();
   test_ldmatrix();
   test_lanes();
   test_poison();
