@@ -287,6 +287,7 @@ Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Argu
   if (p.Hk == 0 ? p.Hq != 0 : p.Hq % p.Hk != 0)
     fail("q", "a number of heads that is a multiple of k's " + std::to_string(p.Hk), std::to_string(p.Hq));
   p.dtype = dtype_of("q", q);
+  p.allow_tf32 = a.allow_tf32;
   expect_dtype("k", k, q.scalar_type(), ", as q");
   expect_dtype("v", v, q.scalar_type(), ", as q");
   expect_device("k", k, q);

@@ -24,6 +24,7 @@ struct Arguments {
   const std::string &similarity, &normalizer;
   double dropout_p;
   int64_t dropout_batch;
+  bool allow_tf32;
 };
 
 // Whether the numbers in tensors may be read here. A GPU's may not: that would wait for all work before this call.

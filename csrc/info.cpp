@@ -79,6 +79,8 @@ heedful::Problem problem_with(const std::string& dtype, const std::vector<std::s
       p.similarity = heedful::Similarity::gaussian;
     else if (name == "hard")
       p.normalizer = heedful::Normalizer::hard;
+    else if (name == "allow_tf32")
+      p.allow_tf32 = true;
     else if (name != "scale" && name != "q_start")
       throw py::value_error("features: no such feature: " + name);
   }

@@ -52,12 +52,12 @@ std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& q_offsets, const OptionalTensor& k_offsets, const OptionalTensor& seed, int64_t q_start,
     std::optional<int64_t> left, std::optional<int64_t> right, std::optional<double> scale,
     std::optional<double> softcap, const std::string& similarity, const std::string& normalizer, double dropout_p,
-    int64_t dropout_batch) {
-  Call call =
-      check_forward(q, k, v, {bias, scales,    sinks,     slopes,   table,      buckets,    mask,      tiles,
-                              bits, q_lengths, k_lengths, q_starts, q_offsets,  k_offsets,  seed,      q_start,
-                              left, right,     scale,     softcap,  similarity, normalizer, dropout_p, dropout_batch},
-                    Device::kMemory);
+    int64_t dropout_batch, bool allow_tf32) {
+  Call call = check_forward(
+      q, k, v, {bias,      scales,    sinks,      slopes,     table,     buckets,       mask,      tiles, bits,
+                q_lengths, k_lengths, q_starts,   q_offsets,  k_offsets, seed,          q_start,   left,  right,
+                scale,     softcap,   similarity, normalizer, dropout_p, dropout_batch, allow_tf32},
+      Device::kMemory);
   Problem& p = call.problem;
   const Tensor out = empty_like_layout(q, p.Hq, p.q_rows, p.Dv);
   const Tensor lse =
@@ -81,13 +81,13 @@ attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
                    const OptionalTensor& seed, int64_t q_start, std::optional<int64_t> left,
                    std::optional<int64_t> right, std::optional<double> scale, std::optional<double> softcap,
                    const std::string& similarity, const std::string& normalizer, double dropout_p,
-                   int64_t dropout_batch, bool bias_grad, bool scales_grad, bool sinks_grad, bool slopes_grad,
-                   bool table_grad) {
-  Call call =
-      check_forward(q, k, v, {bias, scales,    sinks,     slopes,   table,      buckets,    mask,      tiles,
-                              bits, q_lengths, k_lengths, q_starts, q_offsets,  k_offsets,  seed,      q_start,
-                              left, right,     scale,     softcap,  similarity, normalizer, dropout_p, dropout_batch},
-                    Device::kMemory);
+                   int64_t dropout_batch, bool allow_tf32, bool bias_grad, bool scales_grad, bool sinks_grad,
+                   bool slopes_grad, bool table_grad) {
+  Call call = check_forward(
+      q, k, v, {bias,      scales,    sinks,      slopes,     table,     buckets,       mask,      tiles, bits,
+                q_lengths, k_lengths, q_starts,   q_offsets,  k_offsets, seed,          q_start,   left,  right,
+                scale,     softcap,   similarity, normalizer, dropout_p, dropout_batch, allow_tf32},
+      Device::kMemory);
   check_backward(call, dout, dlse, q, out, lse);
   check_wanted("bias_grad", bias_grad, bias);
   check_wanted("scales_grad", scales_grad, scales);

@@ -38,6 +38,7 @@ struct Parameter {
 
 struct Problem {
   DType dtype;  // of q, k, v, out and their gradients; they accumulate in float32 (float64 for float64): "compute type"
+  bool allow_tf32;  // whether products of float32 may round what they take to TensorFloat-32; CPUs never do
   // Sq and Sk are those of the longest sequence; q_rows and k_rows count the rows in memory, which differ when packed.
   int64_t B, Hq, Hk, Sq, Sk, D, Dv, q_rows, k_rows;
   double scale;

@@ -6,9 +6,10 @@
   "Tensor? buckets=None, Tensor? mask=None, Tensor? tiles=None, Tensor? bits=None, Tensor? q_lengths=None, " \
   "Tensor? k_lengths=None, Tensor? q_starts=None, Tensor? q_offsets=None, Tensor? k_offsets=None, "          \
   "Tensor? seed=None, *, "
-#define HEEDFUL_OPTIONS                                                                         \
-  "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, " \
-  "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0, int dropout_batch=0"
+#define HEEDFUL_OPTIONS                                                                            \
+  "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, "    \
+  "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0, int dropout_batch=0, " \
+  "bool allow_tf32=False"
 
 namespace heedful {
 

@@ -52,11 +52,15 @@ std::string why_no_cuda(const Problem& p, const Machine& machine) {
 std::string why_row_by_row(const Problem& p, bool backward) {
   switch (cuda::row_by_row(p, backward)) {
     case cuda::RowByRow::of_dtype:
-      return "takes bfloat16 and float16 only";
+      return "takes no float64";
+    case cuda::RowByRow::of_exact_float32:
+      return "takes float32 as TensorFloat-32 only, which torch.backends.cuda.matmul.fp32_precision does not allow";
     case cuda::RowByRow::of_head_dim:
-      return "takes head dims of up to 256, got " + std::to_string(std::max(p.D, p.Dv));
+      return "takes head dims of up to " + std::to_string(cuda::most_head_dim(p)) +
+             (p.dtype == DType::f32 ? " in float32" : "") + ", got " + std::to_string(std::max(p.D, p.Dv));
     case cuda::RowByRow::of_hard:
-      return "leaves hard attention's backward to cuda/rows";
+      return p.dtype == DType::f32 ? "leaves hard attention of float32 to cuda/rows"
+                                   : "leaves hard attention's backward to cuda/rows";
     case cuda::RowByRow::no:
       break;
   }
@@ -71,7 +75,11 @@ void select_cuda(const Problem& p, const Machine& machine, bool explain, Selecti
     selection.backward = backward.empty() ? "cuda/sm80" : "cuda/rows";
     if (!explain) return;
     if (!backward.empty()) selection.rejected.emplace_back("cuda/sm80", backward);
-    if (backward.empty()) selection.rejected.emplace_back("cuda/rows", "cuda/sm80 runs");
+    if (backward.empty())
+      selection.rejected.emplace_back(
+          "cuda/rows", p.dtype == DType::f32
+                           ? "cuda/sm80 runs, as torch.backends.cuda.matmul.fp32_precision allows TensorFloat-32"
+                           : "cuda/sm80 runs");
   } else {
     selection.rejected.emplace_back("cuda/sm80", never);
     selection.rejected.emplace_back("cuda/rows", never);

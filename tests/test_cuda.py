@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ import heedful
 from heedful import Causal, _info, ops
 
 BUILT = pytest.mark.skipif(not ops.CUDA_LIBRARY.exists(), reason="not built: no nvcc, or HEEDFUL_CUDA=off")
+
+SWITCH = "torch.backends.cuda.matmul.fp32_precision"
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16, dim: int = 8) -> torch.Tensor:
@@ -56,8 +59,13 @@ def test_explain_says_why_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> 
         (torch.bfloat16, 64, "cuda/sm80", "cuda/rows: cuda/sm80 runs"),
         (torch.float16, 256, "cuda/sm80", "cuda/rows: cuda/sm80 runs"),
         (torch.float16, 257, "cuda/rows", "cuda/sm80: takes head dims of up to 256, got 257"),
-        (torch.float32, 64, "cuda/rows", "cuda/sm80: takes bfloat16 and float16 only"),
-        (torch.float64, 64, "cuda/rows", "cuda/sm80: takes bfloat16 and float16 only"),
+        (
+            torch.float32,
+            64,
+            "cuda/rows",
+            f"cuda/sm80: takes float32 as TensorFloat-32 only, which {SWITCH} does not allow",
+        ),
+        (torch.float64, 64, "cuda/rows", "cuda/sm80: takes no float64"),
     ],
     ids=str,
 )
@@ -65,6 +73,80 @@ def test_explain_names_the_kernel(dtype: torch.dtype, dim: int, kernel: str, rea
     found = heedful.explain(*[on_gpu(dtype, dim)] * 3, mask=Causal(), softcap=3.0)
     assert found.kernel == kernel and found.isa is None and reason in found.reasons
     assert f"runs {kernel}, forward and backward" in repr(found)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Torch's switch for matrix products allows TensorFloat-32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "kernel", "reason"),
+    [
+        (torch.float32, 128, "cuda/sm80", f"cuda/rows: cuda/sm80 runs, as {SWITCH} allows TensorFloat-32"),
+        (torch.float32, 129, "cuda/rows", "cuda/sm80: takes head dims of up to 128 in float32, got 129"),
+        (torch.bfloat16, 128, "cuda/sm80", "cuda/rows: cuda/sm80 runs"),
+        (torch.float64, 64, "cuda/rows", "cuda/sm80: takes no float64"),
+    ],
+    ids=str,
+)
+def test_explain_asks_torch_for_tf32(
+    dtype: torch.dtype, dim: int, kernel: str, reason: str, gpu: None, tf32: None
+) -> None:
+    found = heedful.explain(*[on_gpu(dtype, dim)] * 3, mask=Causal(), softcap=3.0)
+    assert found.kernel == found.backward == kernel and reason in found.reasons
+
+
+def test_hard_attention_of_float32_stays_exact(gpu: None, tf32: None) -> None:
+    """Of rounded scores another key may be the best."""
+    found = heedful.explain(*[on_gpu(torch.float32)] * 3, normalizer="hard")
+    assert found.kernel == found.backward == "cuda/rows"
+    assert "cuda/sm80: leaves hard attention of float32 to cuda/rows" in found.reasons
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+    ],
+)
+def test_calls_ask_torch_for_tf32(switch: str) -> None:
+    """However it is switched on: without a warning or an error, for float32 on a GPU alone. In a process of its own,
+    as no call undoes all of them."""
+    code = f"""
+import warnings
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import heedful
+from heedful import ops
+
+given = []
+def forward_op(q, k, v, **arguments):
+    given.append(arguments.get("allow_tf32", False))
+    return q, q
+ops.NO_CUDA, ops._forward_op = "", forward_op
+def call():
+    gpu = [("cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for device, dtype in (*gpu, ("cpu", torch.float32)):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 3, 8, dtype=dtype, device=device)
+        heedful.attention(q, q, q)
+call()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that a way is deprecated
+    {switch}
+warnings.simplefilter("error")
+call()
+assert given == [False] * 4 + [True] + [False] * 3, given
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
 @pytest.mark.parametrize("gpu", [(7, 5)], indirect=True)

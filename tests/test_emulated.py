@@ -14,6 +14,7 @@ import table
 from backends import EMULATED, Backend, emulated_operators
 from cases import Case, build, causal, check, packed
 from functions import normal
+from heedful import ops
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,33 @@ def test_gradients_by_autograd(emulated: None) -> None:
 def test_widths(width: int, dtype: torch.dtype, emulated: None) -> None:
     for d, dv in ((width, 7), (7, width), (width, width)):
         check(build(causal((1, 2, 1, 3, 17, d, dv)), dtype))
+
+
+@pytest.mark.parametrize("rows", [5, 70], ids=["decoding", "forward"])
+@pytest.mark.parametrize("dim", [64, 100])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}], ids=["plain", "general"])
+def test_tf32_is_allowed(rows: int, dim: int, options: dict, emulated: None) -> None:
+    """Products then round what they take, in forward and backward; else float32 is exact."""
+    leaves = [normal(1, 2, n, dim, seed=seed).requires_grad_() for seed, n in enumerate((rows, 71, 71))]
+    dout = normal(1, 2, rows, dim, seed=9)
+
+    def results(allow_tf32: bool) -> list[Tensor]:
+        out, _ = ops.forward(*leaves, **options, allow_tf32=allow_tf32)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    out = heedful.reference.attention(*wide, **options)
+    exact = [out, *torch.autograd.grad(out, wide, dout.double())]
+    for x, float32, tf32 in zip(exact, results(False), results(True), strict=True):
+        size = x.abs().max()
+        assert (float32 - x).abs().max() < 1e-5 * size
+        assert 1e-5 * size < (tf32 - x).abs().max() < 5e-3 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=cases.short)
+def test_tf32_is_of_float32_alone(dtype: torch.dtype, emulated: None) -> None:
+    q = normal(1, 2, 20, 8, dtype=dtype)
+    assert torch.equal(ops.forward(q, q, q)[0], ops.forward(q, q, q, allow_tf32=True)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)

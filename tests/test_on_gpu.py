@@ -51,18 +51,23 @@ def test_as_on_the_cpu(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
         assert (got.cpu().double() - want).abs().max() <= ERROR[dtype] * want.abs().max()
 
 
-def test_float32_is_exact_whatever_torch_allows() -> None:
-    """No product is rounded to TensorFloat-32, even where torch may."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    results = []
+@EVERY_CALL
+def test_tf32_where_torch_allows_it(call: Callable[..., Tensor]) -> None:
+    """Else float32 is exact, to the bit what it is before. Backward computes as its forward did."""
+    switch = torch.backends.cuda.matmul
+    before, results = switch.fp32_precision, []
     try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
-            results.append(CALLS["plain"](*inputs(torch.float32)))
+        for precision in ("ieee", "tf32", "ieee"):
+            switch.fp32_precision = precision
+            leaves = inputs(torch.float32)
+            out = call(*leaves)
+            switch.fp32_precision = "ieee"
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    want = CALLS["plain"](*(x.detach().double().cpu() for x in inputs(torch.float32)))
-    assert torch.equal(*results) and (results[0].cpu() - want).abs().max() <= ERROR[torch.float32] * want.abs().max()
+        switch.fp32_precision = before
+    exact, rounded, again = results
+    for x, y, z in zip(exact, rounded, again, strict=True):
+        assert torch.equal(x, z) and 1e-5 * x.abs().max() < (x - y).abs().max() < 1e-2 * x.abs().max()
 
 
 @EVERY_CALL

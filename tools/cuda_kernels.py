@@ -83,7 +83,7 @@ def readable(mangled: str) -> str:
     name = re.match(r"_ZN7heedful4cuda(\d+)(\w+)", mangled)
     length = int(name[1])
     function, rest = name[2][:length], name[2][length:]
-    arguments = [next(STORAGE[s] for s in re.findall(r"BFloat16|Float16|(?<=^I)[fd]", rest))]
+    arguments = [next(STORAGE[s] for s in re.findall(r"BFloat16|Float16|(?<=^I)[fd]|(?<=ConfigI)f", rest))]
     arguments += re.findall(r"Li(\d+)E", rest)
     arguments += [NUMBERS[int(n)] for n in re.findall(r"NumberE(\d)", rest)]
     arguments += [SIDES[int(n)] for n in re.findall(r"SideE(\d)", rest)]
@@ -129,8 +129,13 @@ def faults_of(kernels: dict[str, dict[str, Kernel]], library: Path) -> Iterator[
 def shared_bytes() -> dict[str, int]:
     """Dynamic shared memory by kernel, which the configurations know (csrc/cuda/sm80/config.h)."""
     calls = [
-        f'std::printf("{function}<%s, {dim}, {flag}> %u\\n", name, {config}<int, {dim}, {arguments}>::kSharedBytes);'
-        for dim in (64, 128, 256)
+        f'std::printf("{function}<{name}, {dim}, {flag}> %u\\n", {config}<{type_}, {dim}, {arguments}>::kSharedBytes);'
+        for name, type_, dims in (
+            ("float16", "short", (64, 128, 256)),
+            ("bfloat16", "short", (64, 128, 256)),
+            ("float32", "float", (64, 128)),
+        )
+        for dim in dims
         for flag, general in (("plain", "false"), ("general", "true"))
         for function, config, arguments in (
             ("forward", "ForwardConfig", general),
@@ -139,11 +144,11 @@ def shared_bytes() -> dict[str, int]:
         )
     ]
     lines = [
-        *(f"#include {header}" for header in ("<cstdio>", "<initializer_list>", '"cuda/sm80/config.h"')),
+        *(f"#include {header}" for header in ("<cstdio>", '"cuda/sm80/config.h"')),
         "using namespace heedful::cuda;",
-        'int main() { for (const char* name : {"float16", "bfloat16"}) {',
+        "int main() {",
         *calls,
-        "} }",
+        "}",
     ]
     with tempfile.TemporaryDirectory() as directory:
         source, program = Path(directory, "shared.cpp"), Path(directory, "shared")

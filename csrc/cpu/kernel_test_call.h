@@ -116,6 +116,7 @@ using Dims = const char*;
 
 struct Case {
   DType dtype = DType::f32;
+  bool tf32 = false;
   int64_t B = 1, Hq = 1, Hk = 1, Sq = 1, Sk = 1, D = 4, Dv = 4;
   Layout layout = Layout::rows;
   bool packed = false, lengths = false, starts = false;
@@ -142,7 +143,8 @@ inline std::string describe(const Case& c) {
   const auto add_dims = [&](const char* name, Dims dims) {
     if (*dims) text += std::string(" ") + name + " " + dims;
   };
-  add("B", c.B), add("Hq", c.Hq), add("Hk", c.Hk), add("Sq", c.Sq), add("Sk", c.Sk), add("D", c.D), add("Dv", c.Dv);
+  add("tf32", c.tf32), add("B", c.B), add("Hq", c.Hq), add("Hk", c.Hk), add("Sq", c.Sq), add("Sk", c.Sk), add("D", c.D),
+      add("Dv", c.Dv);
   add("layout", int(c.layout)), add("packed", c.packed), add("lengths", c.lengths), add("starts", c.starts);
   add("poison", c.poison), add("zero_rows", c.zero_rows), add("unwanted", !c.wanted), add("no dlse", !c.dlse),
       add("start", c.start);
@@ -224,7 +226,7 @@ struct Call {
   // It points into this call.
   Problem problem() {
     Problem p{};
-    p.dtype = q.dtype;
+    p.dtype = q.dtype, p.allow_tf32 = c.tf32;
     p.B = c.B, p.Hq = c.Hq, p.Hk = c.Hk, p.Sq = c.Sq, p.Sk = c.Sk, p.D = c.D, p.Dv = c.Dv;
     p.q_rows = q_rows, p.k_rows = k_rows;
     p.q = q.view(), p.k = k.view(), p.v = v.view(), p.out = out.view(), p.lse = lse.bytes.data();

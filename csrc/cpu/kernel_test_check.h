@@ -19,8 +19,9 @@ inline void compare(const std::string& name, const char* what, const Case& c, co
       error = INFINITY;
   });
   constexpr double kAllowed[] = {3e-5, 1e-12, 3e-2, 4e-3};  // by DType
-  report(error <= kAllowed[int(c.dtype)] * size, name + ": " + describe(c) + ": " + what + " is off by " +
-                                                     std::to_string(error) + " of " + std::to_string(size));
+  const double allowed = c.tf32 && c.dtype == DType::f32 ? 1e-2 : kAllowed[int(c.dtype)];
+  report(error <= allowed * size, name + ": " + describe(c) + ": " + what + " is off by " + std::to_string(error) +
+                                      " of " + std::to_string(size));
 }
 
 inline void compare_results(const std::string& name, const Call& got, const Call& expected) {

@@ -1,5 +1,5 @@
 // Attention backward, one query's or key's gradients at a time by one warp: lanes are pairs, then columns. It is the
-// kernel of float32, float64 and hard attention, and the careful way of the others (see rows.cuh).
+// kernel of exact float32, float64 and hard attention, and the careful way of the others (see rows.cuh).
 #pragma once
 
 #include "norms.cuh"

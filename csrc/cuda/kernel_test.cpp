@@ -80,8 +80,10 @@ void test(const Case& c, bool with_backward = true) {
   } catch (const Fault& fault) {
     return report(false, kernel() + ": " + describe(c) + ": " + fault.what());
   }
-  // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D.
-  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4));
+  // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D; so do weights, which in
+  // TensorFloat-32 are those of rounded q and k, while these gradients take them as they are.
+  const double of_weights = c.tf32 && c.dtype == DType::f32 ? 4 : 1;
+  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4) * of_weights);
 }
 
 // Whatever the timing, the bits are the same.
@@ -123,21 +125,28 @@ void test_same_bits_alone(const Case& c) {
 
 // ---- cases ----------------------------------------------------------------------------------------------------------
 
-DType half_type(int n) { return n % 2 ? DType::f16 : DType::bf16; }
+// What tensor cores take: bfloat16 and float16 by turns, or float32 as TensorFloat-32.
+enum class Numbers { halves, tf32 };
+DType type_of(Numbers numbers, int n) {
+  return numbers == Numbers::tf32 ? DType::f32 : n % 2 ? DType::f16 : DType::bf16;
+}
+bool fits(Numbers numbers, int64_t D, int64_t Dv) { return std::max(D, Dv) <= (numbers == Numbers::tf32 ? 128 : 256); }
 
 Case square(DType dtype, int64_t S, int64_t D) {
-  return {.dtype = dtype, .B = 2, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D, .scale = 1 / std::sqrt(double(D))};
+  Case c{.dtype = dtype, .tf32 = true, .B = 2, .Hq = 2, .Sq = S, .Sk = S, .D = D, .Dv = D};
+  c.scale = 1 / std::sqrt(double(D));
+  return c;
 }
 
 // Sizes around the edges of warps' rows, tiles and padded head dims. With heads inside rows of 8 n - 3 numbers, rows
 // are aligned and their last chunk is not whole.
-void test_shapes() {
+void test_shapes(Numbers numbers) {
   int n = 0;
   constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {1, 3}, {128, 72}, {100, 100}, {16, 136}, {256, 256}, {250, 33}};
   for (const auto& [D, Dv] : kDims)
     for (int64_t S : {1, 16, 63, 65, 130}) {
-      if (D + Dv > 256 && S > 65) continue;
-      Case full = square(half_type(n++), S, D), causal = full, ragged = full;
+      if ((D + Dv > 256 && S > 65) || !fits(numbers, D, Dv)) continue;
+      Case full = square(type_of(numbers, n++), S, D), causal = full, ragged = full;
       full.B = 1, full.Dv = Dv;
       causal.Dv = Dv, causal.Hk = 2, causal.right = 0, causal.B = 1;
       ragged.D = D / 8 * 8 + 5, ragged.Dv = Dv / 8 * 8 + 5, ragged.layout = Layout::heads_inside;
@@ -146,35 +155,37 @@ void test_shapes() {
     }
   // Nothing to do.
   for (auto size : {&Case::B, &Case::Sq, &Case::Sk}) {
-    Case c = square(half_type(n++), 4, 64);
+    Case c = square(type_of(numbers, n++), 4, 64);
     c.*size = 0, c.dropout_batch = 1;
     test(c);
   }
 }
 
 // Offsets of the first query and lengths, where bounds of blocks and tiles that are off by one show.
-void test_offsets() {
+void test_offsets(Numbers numbers) {
   int n = 0;
   for (int64_t start = -135; start <= 200; start += start > -5 && start < 5 ? 1 : 9)
     for (int64_t left : {kUnbounded, int64_t{0}, int64_t{50}})
       for (int64_t right : {int64_t{0}, int64_t{17}}) {
-        Case c{.dtype = half_type(n / 2), .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64, .scale = 0.125};
+        Case c{.dtype = type_of(numbers, n / 2), .tf32 = true, .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64};
+        c.scale = 0.125;
         c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
         if (n++ % 4 == 0) c.bias = "hij";
         test(c);
       }
 }
 
-void test_features() {
-  for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 5}}) {
-    Case plain = square(dtype, 67, D);
-    plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = 70, plain.start = 3;
+void test_features(Numbers numbers) {
+  for (auto [n, D] : {std::pair{0, 64}, {1, 5}}) {
+    const int64_t S = numbers == Numbers::tf32 ? 35 : 67;  // one tile of keys more, of either
+    Case plain = square(type_of(numbers, n), S, D);
+    plain.B = 2, plain.Hq = 4, plain.Hk = 2, plain.Sk = S + 3, plain.start = 3;
     for (const Case& c : features_of(plain)) test(c);
   }
 }
 
 // Few queries over keys around the edges of tiles and splits.
-void test_decode() {
+void test_decode(Numbers numbers) {
   int n = 0;
   const auto test_decoding = [](const Case& c, bool timings) {
     test(c, false);
@@ -185,21 +196,49 @@ void test_decode() {
       constexpr int64_t kDims[][2] = {{64, 64}, {40, 24}, {128, 128}, {72, 100}, {256, 256}, {16, 3}, {136, 250}};
       const auto [D, Dv] = kDims[n % 7];
       const int64_t Sq = 1 + n % 8;
-      Case c{.dtype = half_type(n / 7), .Hq = group, .Sq = Sq, .Sk = Sk, .D = D, .Dv = Dv, .scale = 0.1};
+      if (!fits(numbers, D, Dv)) {
+        ++n;
+        continue;
+      }
+      Case c{.dtype = type_of(numbers, n / 7),
+             .tf32 = true,
+             .Hq = group,
+             .Sq = Sq,
+             .Sk = Sk,
+             .D = D,
+             .Dv = Dv,
+             .scale = 0.1};
       if (n % 2) c.right = 0, c.start = Sk - Sq;
       if (n % 3 == 0) c.B = 2, c.lengths = c.poison = true;
       if (n % 4 == 0) c.Hk = 2, c.Hq *= 2, c.layout = Layout(n / 4 % 3);
       test_decoding(c, n++ % 3 == 0);
     }
-  for (auto [dtype, D] : {std::pair{DType::bf16, 64}, {DType::f16, 21}, {DType::bf16, 160}}) {
-    const Case plain{.dtype = dtype, .B = 2, .Hq = 6, .Hk = 2, .Sq = 3, .Sk = 330, .D = D, .Dv = D, .start = 100};
+  for (int64_t D : {64, 21, 160}) {
+    if (!fits(numbers, D, D)) continue;
+    const Case plain{.dtype = type_of(numbers, D == 21),
+                     .tf32 = true,
+                     .B = 2,
+                     .Hq = 6,
+                     .Hk = 2,
+                     .Sq = 3,
+                     .Sk = 330,
+                     .D = D,
+                     .Dv = D,
+                     .start = 100};
     for (const Case& c : features_of(plain)) test_decoding(c, D == 64);
   }
   for (int64_t edge : {0, 64, 256, 320, 420})
     for (int64_t start = edge - 3; start <= edge + 2; ++start)
       for (int64_t left : {kUnbounded, int64_t{0}, int64_t{63}, int64_t{300}})
         for (int64_t right : {int64_t{0}, int64_t{17}}) {
-          Case c{.dtype = half_type(n / 2), .Hq = 3, .Sq = 1 + n % 8, .Sk = 420, .D = 64, .Dv = 64, .scale = 0.1};
+          Case c{.dtype = type_of(numbers, n / 2),
+                 .tf32 = true,
+                 .Hq = 3,
+                 .Sq = 1 + n % 8,
+                 .Sk = 420,
+                 .D = 64,
+                 .Dv = 64,
+                 .scale = 0.1};
           c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
           if (n++ % 4 == 0) c.bias = "hij";
           test(c, false);
@@ -207,17 +246,26 @@ void test_decode() {
   // Packed, with sequences of more queries, which the forward kernel takes.
   for (int64_t Sq : {8, 16, 17, 60})
     for (int64_t Sk : {70, 600}) {
-      Case c{.dtype = half_type(n++), .B = 5, .Hq = 4, .Hk = 2, .Sq = Sq, .Sk = Sk, .D = 64, .Dv = 64, .packed = true};
+      Case c{.dtype = type_of(numbers, n++),
+             .tf32 = true,
+             .B = 5,
+             .Hq = 4,
+             .Hk = 2,
+             .Sq = Sq,
+             .Sk = Sk,
+             .D = 64,
+             .Dv = 64,
+             .packed = true};
       test_decoding(c, true), test_same_bits_alone(c);
       c.sinks = c.slopes = Per::head, c.bias = "h", c.right = 2, c.start = Sk - Sq, c.similarity = Similarity::cosine;
       test_decoding(c, true), test_same_bits_alone(c);
     }
 }
 
-Case random_case(DType dtype) {
-  Case c{.dtype = dtype};
-  const bool half = dtype == DType::bf16 || dtype == DType::f16;
-  const int64_t longest = half ? 140 : 40, widest = half && one_in(4) ? 150 : 60;
+Case random_case(DType dtype, bool tf32 = false) {
+  Case c{.dtype = dtype, .tf32 = tf32};
+  const bool tiles = tf32 || dtype == DType::bf16 || dtype == DType::f16;
+  const int64_t longest = tiles ? 140 : 40, widest = tiles && one_in(4) ? (tf32 ? 128 : 150) : 60;
   c.B = between(1, 3), c.Hk = between(1, 2), c.Hq = c.Hk * between(1, 2);
   c.Sq = between(1, one_in(3) ? longest : 40), c.Sk = between(1, one_in(3) ? longest : 40);
   c.D = between(1, widest), c.Dv = between(1, widest);
@@ -246,10 +294,13 @@ int main(int count, char** arguments) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   wanted.assign(arguments + 1, arguments + count);
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
-  stage("shapes", test_shapes);
-  stage("offsets", test_offsets);
-  stage("features", test_features);
-  stage("decode", test_decode);
+  for (const Numbers numbers : {Numbers::halves, Numbers::tf32}) {
+    const std::string of = numbers == Numbers::tf32 ? ", TensorFloat-32" : "";
+    stage("shapes" + of, [&] { test_shapes(numbers); });
+    stage("offsets" + of, [&] { test_offsets(numbers); });
+    stage("features" + of, [&] { test_features(numbers); });
+    stage("decode" + of, [&] { test_decode(numbers); });
+  }
   stage("same bits", [] {
     for (DType dtype : {DType::bf16, DType::f16, DType::f32})
       for (int n = 0; n < 4; ++n) test_same_bits(random_case(dtype));
@@ -258,6 +309,10 @@ int main(int count, char** arguments) {
     stage(std::string("random ") + names[int(dtype)], [&] {
       for (int n = 0; n < 100; ++n) test(random_case(dtype));
     });
+  stage("random TensorFloat-32", [] {
+    for (int n = 0; n < 4; ++n) test_same_bits(random_case(DType::f32, true));
+    for (int n = 0; n < 100; ++n) test(random_case(DType::f32, true));
+  });
   const emulator::Statistics& s = machine().statistics;
   report(s.loads.wavefronts == s.loads.least && s.stores.wavefronts == s.stores.least, "bank conflicts");
   for (const auto& [name, instructions] : s.instructions)

@@ -6,11 +6,14 @@
 namespace heedful::cuda {
 
 // Whether tensor cores' kernels (sm80/) leave a problem to those that go row by row (rows.cuh), and why.
-enum class RowByRow { no, of_dtype, of_head_dim, of_hard };
+enum class RowByRow { no, of_dtype, of_exact_float32, of_head_dim, of_hard };
+inline int64_t most_head_dim(const Problem& p) { return p.dtype == DType::f32 ? 128 : 256; }
 inline RowByRow row_by_row(const Problem& p, bool backward) {
-  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return RowByRow::of_dtype;
-  if ((p.D < p.Dv ? p.Dv : p.D) > 256) return RowByRow::of_head_dim;
-  return backward && p.normalizer == Normalizer::hard ? RowByRow::of_hard : RowByRow::no;
+  if (p.dtype == DType::f64) return RowByRow::of_dtype;
+  if (p.dtype == DType::f32 && !p.allow_tf32) return RowByRow::of_exact_float32;
+  if ((p.D < p.Dv ? p.Dv : p.D) > most_head_dim(p)) return RowByRow::of_head_dim;
+  // NOTE: backward finds the best keys anew, row by row: of rounded scores another key may be best.
+  return p.normalizer == Normalizer::hard && (backward || p.dtype == DType::f32) ? RowByRow::of_hard : RowByRow::no;
 }
 
 using Kernel = void (*)(Problem);

@@ -1,6 +1,6 @@
 // Attention forward, one query at a time by one warp: lanes are keys for the scores, and columns for the result. Every
 // storage type, head dim, layout and option; pair by pair, so that absent pairs take no part whatever their numbers
-// are. It is the kernel of float32 and float64, and the careful way of the others where a result is not finite.
+// are. It is the kernel of exact float32 and float64, and the careful way of the others where a result is not finite.
 #pragma once
 
 #include "kernels.h"

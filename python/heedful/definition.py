@@ -44,6 +44,7 @@ OPTIONS = {
     "normalizer": "softmax",
     "dropout_p": 0.0,
     "dropout_batch": 0,  # where vmap has made one batch of several, dropout counts sequences modulo this
+    "allow_tf32": False,  # whether kernels for GPUs may round what products of float32 take to TensorFloat-32
 }
 EPS = 1e-8  # cosine: norms are no less
 _MASKING = ("mask", "tiles", "bits", "q_lengths", "k_lengths", "q_starts")

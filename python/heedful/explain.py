@@ -53,6 +53,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **opti
             raise RuntimeError(f"heedful.explain: {name}: expected 4 dimensions, got {got}")
     arguments = lower(q, k, **options)
     features = [{"similarity": x, "normalizer": "hard"}.get(name, name) for name, x in arguments.items()]
+    features += ["allow_tf32"] if ops.allows_tf32(q) else []
     (b, hq, sq, d), (hk, sk), dv = q.shape, k.shape[1:3], v.shape[3]
     dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
     call = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, {dtype} on {q.device}"

@@ -94,6 +94,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
             f"{f', and kernels for GPUs are not there ({NO_CUDA})' if q.is_cuda else ''}. "
             "heedful.reference.attention runs on any device; heedful.explain says more"
         )
+    if allows_tf32(q):
+        arguments["allow_tf32"] = True
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, **arguments)
     transformed = _transformed()
@@ -109,6 +111,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         return _Forward.apply(q, k, v, *others, arguments)
     with _below_autograd():
         return _forward_op(q, k, v, **arguments)
+
+
+def allows_tf32(q: Tensor) -> bool:
+    """Whether attention of these queries may compute in TensorFloat-32: float32 on a GPU, where torch's own switch for
+    matrix products says so. (Its fp32_precision follows every way to set it; to read allow_tf32 may raise.)"""
+    return q.is_cuda and q.dtype is torch.float32 and _torch_allows_tf32()
+
+
+@torch.compiler.assume_constant_result  # a compiled graph is guarded by the switch
+def _torch_allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def backward(*tensors: Tensor | None, **options: Any) -> Tensors:

@@ -1,4 +1,7 @@
 // Backward of float16 and bfloat16 by mma.sync, head dims up to 256.
 #include "../sm80/backward.cuh"
 
-template void heedful::HEEDFUL_TARGET::plan_backward_sm80<256>(const Problem&, cuda::Plan*);
+namespace heedful::HEEDFUL_TARGET {
+template void plan_backward_sm80<BFloat16, 256>(const Problem&, cuda::Plan*);
+template void plan_backward_sm80<Float16, 256>(const Problem&, cuda::Plan*);
+}  // namespace heedful::HEEDFUL_TARGET

@@ -1,5 +1,5 @@
-// Attention backward of float16 and bfloat16 by mma.sync. A block of four warps has 64 rows of one side, queries or
-// keys, whose gradients stay in its registers, and goes over tiles of the other side's rows:
+// Attention backward by mma.sync. A block of four warps has 64 rows of one side, queries or keys, whose gradients stay
+// in its registers, and goes over tiles of the other side's rows:
 //
 //   queries    S = Q K^T     dP = dO V^T                     dQ += dS K
 //   keys       S^T = K Q^T   dP^T = V dO^T   dV += P^T dO    dK += dS^T Q
@@ -50,7 +50,7 @@ struct Backward {
   HEEDFUL_DEVICE int group() const { return int(p.Hq / p.Hk); }
   HEEDFUL_DEVICE int kv_head() const { return kOfKeys ? task.h : task.h / group(); }
   HEEDFUL_DEVICE uint32_t stage(int n) const { return tile0 + 2 * Config::kOwnBytes + n * 2 * Config::kStepBytes; }
-  HEEDFUL_DEVICE static bool aligned(const View& x) { return !kGeneral || is_aligned(x); }
+  HEEDFUL_DEVICE static bool aligned(const View& x) { return !kGeneral || is_aligned<S>(x); }
 
   HEEDFUL_DEVICE void run() {
     if (task.row0 >= own_rows) return;
@@ -161,10 +161,10 @@ struct Backward {
   HEEDFUL_DEVICE void add_tile(uint32_t other, Step step) {
     const int row = row0 + fragment_row(lane), column = step.at + fragment_column(lane);
     const Corner corner = kOfKeys ? Corner{column, row} : Corner{row, column};
-    const uint32_t own_part = uint32_t(row0 - task.row0) * kPitch<kDim> + rows_first<kDim>(lane);
+    const uint32_t own_part = uint32_t(row0 - task.row0) * kPitch<S, kDim> + rows_first<S, kDim>(lane);
     float s[1][kN][4] = {}, dp[1][kN][4] = {};
-    multiply_transposed<S, kDim>(s, tile0 + own_part, other + columns_first<kDim>(lane));
-    multiply_transposed<S, kDim>(dp, tile1 + own_part, other + Config::kStepBytes + columns_first<kDim>(lane));
+    multiply_transposed<S, kDim>(s, tile0 + own_part, other + columns_first<S, kDim>(lane));
+    multiply_transposed<S, kDim>(dp, tile1 + own_part, other + Config::kStepBytes + columns_first<S, kDim>(lane));
     if constexpr (kOfKeys) load_numbers(step.h, column);
     const bool covered = kOfKeys ? span.covers(step.at, step.at + kStep, row0, row0 + kRows)
                                  : span.covers(row0, row0 + kRows, step.at, step.at + kStep);
@@ -172,8 +172,8 @@ struct Backward {
       to_gradients(s, dp, corner, step, covered);
     else
       to_plain_gradients(s, dp, corner, covered);
-    if constexpr (kFirst) multiply<S, kDim>(sum0, dp, other + rows_first<kDim>(lane));
-    if constexpr (kSecond) multiply<S, kDim>(sum1, s, other + Config::kStepBytes + rows_first<kDim>(lane));
+    if constexpr (kFirst) multiply<S, kDim>(sum0, dp, other + summed_rows<S, kDim>(lane));
+    if constexpr (kSecond) multiply<S, kDim>(sum1, s, other + Config::kStepBytes + summed_rows<S, kDim>(lane));
   }
 
   // s becomes p, and dp ds.
@@ -249,7 +249,7 @@ struct Backward {
   // ---- results
 
   HEEDFUL_DEVICE void finish() {
-    const uint32_t part = uint32_t(row0 - task.row0) * kPitch<kDim>;
+    const uint32_t part = uint32_t(row0 - task.row0) * kPitch<S, kDim>;
     const Band rows = band();
     const int64_t row = (kOfKeys ? rows.k_row : rows.q_row) + row0;
     // Products have been scaled by a number for each head already.
@@ -282,9 +282,9 @@ struct Backward {
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; ++e) x[e] = x[e] == 0 ? 0 : x[e] * factor;
           if (kGeneral && own_part != 0) {
-            const uint32_t pair = load_shared<uint32_t>(tile0 + part + uint32_t(at) * kPitch<kDim> +
-                                                        uint32_t(n ^ (at & 7)) * 16 + uint32_t(lane % 4) * 4);
-            x[2 * r] -= own_part * widen(S{uint16_t(pair)}), x[2 * r + 1] -= own_part * widen(S{uint16_t(pair >> 16)});
+            float a, b;
+            Neighbours<S, kDim>(tile0 + part, at, n).load(a, b);
+            x[2 * r] -= own_part * a, x[2 * r + 1] -= own_part * b;
           }
           finite &= x[2 * r] - x[2 * r] == 0 && x[2 * r + 1] - x[2 * r + 1] == 0;
         }
@@ -323,7 +323,7 @@ void backward(HEEDFUL_PARAMETER Problem p) {
 }
 
 template <class S, int kDim>
-void plan_backward_of(const Problem& p, cuda::Plan* plan) {
+void plan_backward_sm80(const Problem& p, cuda::Plan* plan) {
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
     plan->add(
@@ -341,14 +341,9 @@ void plan_backward_of(const Problem& p, cuda::Plan* plan) {
     }
   };
   plan_query_states<S>(p, plan);
-  if (is_plain(p) && is_aligned(p.dout)) return add_all.template operator()<false>("sm80/backward, plain");
+  if (is_plain<S>(p) && is_aligned<S>(p.dout)) return add_all.template operator()<false>("sm80/backward, plain");
   plan_norms<S>(p, plan);
   add_all.template operator()<true>("sm80/backward, general");
-}
-
-template <int kDim>
-void plan_backward_sm80(const Problem& p, cuda::Plan* plan) {
-  (p.dtype == DType::bf16 ? &plan_backward_of<BFloat16, kDim> : &plan_backward_of<Float16, kDim>)(p, plan);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

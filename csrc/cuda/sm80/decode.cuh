@@ -1,6 +1,6 @@
-// Attention forward of few queries over many keys (decoding), of float16 and bfloat16, by mma.sync. The time is that of
-// reading K and V, which happens once for all query heads that share them: the rows of a block's tile are the queries
-// of every head of the group, row query * group + head. Blocks share the keys, too:
+// Attention forward of few queries over many keys (decoding), by mma.sync. The time is that of reading K and V, which
+// happens once for all query heads that share them: the rows of a block's tile are the queries of every head of the
+// group, row query * group + head. Blocks share the keys, too:
 //
 //   decode    a block's rows over one split of the keys: O, and each row's maximum and sum, into the workspace
 //   combine   a row's splits, in order, become its result
@@ -149,10 +149,10 @@ struct Decode {
     if (j >= end) return;
 
     const Band sequence = band();
-    const TileLoader<S, kDim> k(p.k, sequence.batch, kv_head, sequence.k_row, p.D, !kGeneral || is_aligned(p.k)),
-        v(p.v, sequence.batch, kv_head, sequence.k_row, p.Dv, !kGeneral || is_aligned(p.v));
+    const TileLoader<S, kDim> k(p.k, sequence.batch, kv_head, sequence.k_row, p.D, !kGeneral || is_aligned<S>(p.k)),
+        v(p.v, sequence.batch, kv_head, sequence.k_row, p.Dv, !kGeneral || is_aligned<S>(p.v));
     const TileLoader<S, kDim> q(p.q, sequence.batch, kv_head * group, sequence.q_row, p.D,
-                                !kGeneral || is_aligned(p.q));
+                                !kGeneral || is_aligned<S>(p.q));
     q.template load<Config::kTileRows, kGeneral>(
         queries, task.row0, rows, [&](int row) { return row % group * p.q.stride[1] + query_of(row) * p.q.stride[2]; });
     const auto load = [&](int n, int from) {
@@ -173,10 +173,10 @@ struct Decode {
   }
 
   HEEDFUL_DEVICE void attend_tile(uint32_t keys, int j) {
-    const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<kDim> + rows_first<kDim>(lane);
+    const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<S, kDim> + rows_first<S, kDim>(lane);
     const bool covered = covered_first <= j && j + kKeys <= covered_end;
     float s[1][kN][4] = {};
-    multiply_transposed<S, kDim>(s, q, keys + columns_first<kDim>(lane));
+    multiply_transposed<S, kDim>(s, q, keys + columns_first<S, kDim>(lane));
     // f of what a lane has of its row 8 r + lane / 4.
     const auto change = [&](int r, auto f) {
       float half[1][kN][2];
@@ -204,7 +204,7 @@ struct Decode {
       if constexpr (kGeneral)
         if (has_dropout(p)) change(r, [&](auto& x) { drop(scores(), x, query, j); });
     }
-    multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
+    multiply<S, kDim>(out, s, keys + Config::kKeyBytes + summed_rows<S, kDim>(lane));
   }
 
   HEEDFUL_DEVICE void store() const {
@@ -294,7 +294,7 @@ void combine(HEEDFUL_PARAMETER Problem p) {
 }
 
 template <class S, int kDim>
-void plan_decode_of(const Problem& p, cuda::Plan* plan) {
+void plan_decode_sm80(const Problem& p, cuda::Plan* plan) {
   const Partials partials(p);
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
@@ -304,14 +304,9 @@ void plan_decode_of(const Problem& p, cuda::Plan* plan) {
                kDim / 64 * 4, name});
   };
   plan->workspace_bytes = size_t(norm_bytes(p) + partials.bytes(p));
-  if (is_plain(p)) return add(DecodeConfig<S, kDim, false>(), "sm80/decode, plain");
+  if (is_plain<S>(p)) return add(DecodeConfig<S, kDim, false>(), "sm80/decode, plain");
   plan_norms<S>(p, plan);
   add(DecodeConfig<S, kDim, true>(), "sm80/decode, general");
-}
-
-template <int kDim>
-void plan_decode_sm80(const Problem& p, cuda::Plan* plan) {
-  (p.dtype == DType::bf16 ? &plan_decode_of<BFloat16, kDim> : &plan_decode_of<Float16, kDim>)(p, plan);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

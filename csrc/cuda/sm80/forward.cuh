@@ -1,8 +1,8 @@
-// Attention forward of float16 and bfloat16 by mma.sync. A block of four warps has kQueries queries of one head; each
-// warp owns kRows of them, whose scores and results stay in its registers, and goes over tiles of kKeys keys:
+// Attention forward by mma.sync. A block of four warps has kQueries queries of one head; each warp owns kRows of them,
+// whose scores and results stay in its registers, and goes over tiles of kKeys keys:
 //
 //   S [kRows][kKeys] = Q K^T      Q, K by ldmatrix
-//   O [kRows][kDim] += P V        P from the registers that S is in, V by ldmatrix.trans
+//   O [kRows][kDim] += P V        P from the registers that S is in, V by ldmatrix.trans; of float32, number by number
 //
 // K and V of the next tile are copied into a second stage meanwhile; one barrier a tile says that the copies of this
 // one have come and that everybody is done with the one before.
@@ -95,11 +95,11 @@ struct Forward {
     if (j >= end) return;
 
     // Copies: Q and the first tile's K and V make the first group.
-    const bool k_aligned = !kGeneral || is_aligned(p.k), v_aligned = !kGeneral || is_aligned(p.v);
+    const bool k_aligned = !kGeneral || is_aligned<S>(p.k), v_aligned = !kGeneral || is_aligned<S>(p.v);
     const Band rows = band();
     const TileLoader<S, kDim> k(p.k, rows.batch, kv_head(), rows.k_row, p.D, k_aligned),
         v(p.v, rows.batch, kv_head(), rows.k_row, p.Dv, v_aligned);
-    const TileLoader<S, kDim> q(p.q, rows.batch, task.h, rows.q_row, p.D, !kGeneral || is_aligned(p.q));
+    const TileLoader<S, kDim> q(p.q, rows.batch, task.h, rows.q_row, p.D, !kGeneral || is_aligned<S>(p.q));
     q.template load<Config::kQueries, kGeneral>(queries, task.row0, span.queries);
     const auto load = [&](int n, int first) {
       k.template load<kKeys, kGeneral>(stage(n), first, span.keys);
@@ -126,9 +126,9 @@ struct Forward {
 
   HEEDFUL_DEVICE void attend_tile(uint32_t keys, int j, int32_t tile) {
     const Corner corner{row0 + fragment_row(lane), j + fragment_column(lane)};
-    const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<kDim> + rows_first<kDim>(lane);
+    const uint32_t q = queries + uint32_t(row0 - task.row0) * kPitch<S, kDim> + rows_first<S, kDim>(lane);
     float s[kM][kN][4] = {};
-    multiply_transposed<S, kDim>(s, q, keys + columns_first<kDim>(lane));
+    multiply_transposed<S, kDim>(s, q, keys + columns_first<S, kDim>(lane));
     if constexpr (kGeneral) apply_scores<false>(head(), band(), span, tile, s, corner);
     if (!span.covers(row0, row0 + kRows, j, j + kKeys)) mask_band<false>(span, s, corner);
     if (hard) return find_best(s, corner);
@@ -138,7 +138,7 @@ struct Forward {
       for (int r = 0; r < 2; ++r) to_weights(s[m], out[m], r, to_log2, top[m][r], sum[m][r]);
     if constexpr (kGeneral)
       if (has_dropout(p)) drop(head(), s, corner.query, j);
-    multiply<S, kDim>(out, s, keys + Config::kKeyBytes + rows_first<kDim>(lane));
+    multiply<S, kDim>(out, s, keys + Config::kKeyBytes + summed_rows<S, kDim>(lane));
   }
 
   // ---- results
@@ -182,7 +182,7 @@ struct Forward {
         if (lane % 4 == 0 && row0 + at < own_rows && !(spoilt >> at & 1))
           store_global(static_cast<float*>(p.lse) + query_index(p, rows, task.h) + row0 + at, lse[m][r]);
       }
-    store_rows<S, kDim>(out, queries + uint32_t(row0 - task.row0) * kPitch<kDim>, p.out,
+    store_rows<S, kDim>(out, queries + uint32_t(row0 - task.row0) * kPitch<S, kDim>, p.out,
                         row_of<S>(p.out, rows.batch, task.h, rows.q_row + row0), own_rows - row0, p.Dv, spoilt);
     // NOTE: an absent pair has a weight of 0, which lets infinite and NaN values through. They show in the result and
     // are rare: only such rows are done again, pair by pair.
@@ -248,21 +248,16 @@ void forward(HEEDFUL_PARAMETER Problem p) {
 }
 
 template <class S, int kDim>
-void plan_forward_of(const Problem& p, cuda::Plan* plan) {
+void plan_forward_sm80(const Problem& p, cuda::Plan* plan) {
   const auto add = [&](auto config, const char* name) {
     using Config = decltype(config);
     plan->add(
         {&forward<Config>, RowTask<RowsOf::queries>::count(p, Config::kQueries), kThreads, Config::kSharedBytes, name});
   };
-  if (is_plain(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
+  if (is_plain<S>(p)) return add(ForwardConfig<S, kDim, false>(), "sm80/forward, plain");
   if (!may_decode(p)) plan_norms<S>(p, plan);  // else they are planned already
   plan->workspace_bytes = most(plan->workspace_bytes, size_t(norm_bytes(p)));
   add(ForwardConfig<S, kDim, true>(), "sm80/forward, general");
-}
-
-template <int kDim>
-void plan_forward_sm80(const Problem& p, cuda::Plan* plan) {
-  (p.dtype == DType::bf16 ? &plan_forward_of<BFloat16, kDim> : &plan_forward_of<Float16, kDim>)(p, plan);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -1,0 +1,6 @@
+// Decoding of float32 by mma.sync in TensorFloat-32, head dims up to 128.
+#include "../sm80/decode.cuh"
+
+namespace heedful::HEEDFUL_TARGET {
+template void plan_decode_sm80<float, 128>(const Problem&, cuda::Plan*);
+}  // namespace heedful::HEEDFUL_TARGET

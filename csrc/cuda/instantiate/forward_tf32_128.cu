@@ -1,0 +1,6 @@
+// Forward of float32 by mma.sync in TensorFloat-32, head dims up to 128.
+#include "../sm80/forward.cuh"
+
+namespace heedful::HEEDFUL_TARGET {
+template void plan_forward_sm80<float, 128>(const Problem&, cuda::Plan*);
+}  // namespace heedful::HEEDFUL_TARGET
