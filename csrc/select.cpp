@@ -56,7 +56,7 @@ std::string why_row_by_row(const Problem& p, bool backward) {
     case cuda::RowByRow::of_exact_float32:
       return "takes float32 as TensorFloat-32 only, which torch.backends.cuda.matmul.fp32_precision does not allow";
     case cuda::RowByRow::of_head_dim:
-      return "takes head dims of up to " + std::to_string(cuda::most_head_dim(p)) +
+      return "takes head dims of up to " + std::to_string(cuda::most_head_dim(p.dtype)) +
              (p.dtype == DType::f32 ? " in float32" : "") + ", got " + std::to_string(std::max(p.D, p.Dv));
     case cuda::RowByRow::of_hard:
       return p.dtype == DType::f32 ? "leaves hard attention of float32 to cuda/rows"

@@ -29,12 +29,13 @@ else:
     hypothesis.settings.load_profile(os.environ.get("HEEDFUL_HYPOTHESIS", "ci"))
 
 
+MISSING = {backend.name: reason for backend in map(Backend.named, BACKENDS) if (reason := backend.missing())}
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """Each backend in turn; where the machine lacks it the test is skipped and says why."""
+    """Each backend in turn that this machine can run; the run's end names the others."""
     chosen = Backend.named(request.param)
-    if reason := chosen.missing():
-        pytest.skip(f"{chosen.name}: {reason}")
     if chosen.name == EMULATED:
         with emulated_operators():
             yield chosen
@@ -45,8 +46,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The emulator runs the tests that are marked for it, without the cases that would take it long."""
-    dropped = [item for item in items if not _suits_emulator(item)]
+    """Leaves out the tests of backends that are not here (but for --collect-only), and, for the emulator, those that are
+    not marked for it and the cases that would take it long."""
+    missing = () if config.option.collectonly else MISSING
+    dropped = [item for item in items if _backend_of(item) in missing or not _suits_emulator(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         kept = set(items) - set(dropped)
@@ -55,6 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _loses_small_weights(item):
             reason = "tensor cores take weights in float16, those below 6e-5 in part"
             item.add_marker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+
+
+def _backend_of(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
 
 def _loses_small_weights(item: pytest.Item) -> bool:
@@ -67,9 +74,9 @@ def _loses_small_weights(item: pytest.Item) -> bool:
 
 
 def _suits_emulator(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") != EMULATED:
+    if _backend_of(item) != EMULATED:
         return True
+    parameters = item.callspec.params
     if not item.get_closest_marker("cuda_kernels"):
         return False
     case = parameters.get("case")
@@ -121,7 +128,10 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what repeats this run, and the geometric means of the precision ratios that it has measured."""
+    """Print which backends there are, what repeats this run, and the geometric means of the precision ratios."""
+    terminalreporter.section("backends")
+    for name in BACKENDS:
+        terminalreporter.write_line(f"{name}: {f'not here: {MISSING[name]}' if name in MISSING else 'here'}")
     seed, profile = config.option.hypothesis_seed, os.environ.get("HEEDFUL_HYPOTHESIS", "ci")
     terminalreporter.section("random cases")
     line = f"HEEDFUL_HYPOTHESIS={profile}  --hypothesis-seed={seed}" if hypothesis else f"none: left {collect_ignore}"

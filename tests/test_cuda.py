@@ -65,6 +65,7 @@ def test_explain_says_why_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> 
             "cuda/rows",
             f"cuda/sm80: takes float32 as TensorFloat-32 only, which {SWITCH} does not allow",
         ),
+        (torch.float32, 129, "cuda/rows", "cuda/sm80: takes head dims of up to 128 in float32, got 129"),
         (torch.float64, 64, "cuda/rows", "cuda/sm80: takes no float64"),
     ],
     ids=str,
@@ -101,8 +102,10 @@ def test_explain_asks_torch_for_tf32(
     assert found.kernel == found.backward == kernel and reason in found.reasons
 
 
-def test_hard_attention_of_float32_stays_exact(gpu: None, tf32: None) -> None:
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_hard_attention_of_float32_stays_exact(precision: str, gpu: None, tf32: None) -> None:
     """Of rounded scores another key may be the best."""
+    torch.backends.cuda.matmul.fp32_precision = precision
     found = heedful.explain(*[on_gpu(torch.float32)] * 3, normalizer="hard")
     assert found.kernel == found.backward == "cuda/rows"
     assert "cuda/sm80: leaves hard attention of float32 to cuda/rows" in found.reasons
@@ -115,6 +118,7 @@ def test_hard_attention_of_float32_stays_exact(gpu: None, tf32: None) -> None:
         "torch.backends.fp32_precision = 'tf32'",
         "torch.backends.cuda.matmul.allow_tf32 = True",
         "torch.set_float32_matmul_precision('high')",
+        "torch.set_float32_matmul_precision('medium')",
     ],
 )
 def test_calls_ask_torch_for_tf32(switch: str) -> None:
@@ -147,6 +151,16 @@ call()
 assert given == [False] * 4 + [True] + [False] * 3, given
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_cpus_compute_exactly() -> None:
+    leaves = [torch.randn(1, 2, 30, 16, requires_grad=True) for _ in range(3)]
+
+    def results(**options: bool) -> list[torch.Tensor]:
+        out, _ = ops.forward(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    assert all(map(torch.equal, results(), results(allow_tf32=True)))
 
 
 @pytest.mark.parametrize("gpu", [(7, 5)], indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,50 @@ def test_tf32_is_allowed(rows: int, dim: int, options: dict, emulated: None) -> 
 def test_tf32_is_of_float32_alone(dtype: torch.dtype, emulated: None) -> None:
     q = normal(1, 2, 20, 8, dtype=dtype)
     assert torch.equal(ops.forward(q, q, q)[0], ops.forward(q, q, q, allow_tf32=True)[0])
+
+
+def gradients(leaves: list[Tensor], dout: Tensor, out: Tensor, lse: Tensor, **options: Any) -> list[Tensor]:
+    """dq, dk, dv by the operator itself."""
+    return list(ops.backward(dout, None, *(x.detach() for x in (*leaves, out, lse)), **options)[:3])
+
+
+def test_backward_computes_as_its_forward_did(emulated: None) -> None:
+    leaves = [normal(1, 2, 70, 16, seed=seed).requires_grad_() for seed in range(3)]
+    dout = normal(1, 2, 70, 16, seed=9)
+    out, lse = ops.forward(*leaves, allow_tf32=True)
+    got = torch.autograd.grad(out, leaves, dout)
+    for x, tf32, exact in zip(
+        got, gradients(leaves, dout, out, lse, allow_tf32=True), gradients(leaves, dout, out, lse), strict=True
+    ):
+        assert torch.equal(x, tf32) and not torch.equal(x, exact)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_tf32_in_gradients_row_by_row(mean: float, emulated: None) -> None:
+    """The weights are those of the forward's scores, so that rows of the bias' gradient add up to 0."""
+    q, k = (normal(1, 1, 48, 64, seed=seed) + mean for seed in range(2))
+    v, dout, bias = normal(1, 1, 48, 64, seed=2), normal(1, 1, 48, 64, seed=3), normal(1, 1, 48, 48, seed=4)
+    out, _ = ops.forward(q, k, v, bias=bias.requires_grad_(), allow_tf32=True)
+    (dbias,) = torch.autograd.grad(out, bias, dout)
+    assert dbias.sum(-1).abs().max() < 2e-3 * dbias.abs().max()
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "gaussian"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4028e38])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_tf32_of_huge_numbers(name: str, value: float, similarity: str, emulated: None) -> None:
+    """What is finite, and what is NaN, is what is so in exact float32; pairs that do not meet share nothing."""
+    leaves = {x: normal(1, 1, 70, 8, seed=seed) for seed, x in enumerate("qkv")}
+    leaves[name][0, 0, 40, 3] = value
+    options = {"right": 0, "similarity": similarity}
+
+    def results(**option: bool) -> list[Tensor]:
+        tensors = [x.clone().requires_grad_() for x in leaves.values()]
+        out, lse = ops.forward(*tensors, **options, **option)
+        return [out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+
+    for exact, tf32 in zip(results(), results(allow_tf32=True), strict=True):
+        assert torch.equal(exact.isnan(), tf32.isnan()) and torch.equal(exact.isfinite(), tf32.isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)

@@ -61,8 +61,11 @@ def test_tf32_where_torch_allows_it(call: Callable[..., Tensor]) -> None:
             switch.fp32_precision = precision
             leaves = inputs(torch.float32)
             out = call(*leaves)
-            switch.fp32_precision = "ieee"
-            results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+            gradients = []
+            for switch.fp32_precision in ("ieee", "tf32"):
+                gradients.append(torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
+            assert all(map(torch.equal, *gradients))
+            results.append([out.detach(), *gradients[0]])
     finally:
         switch.fp32_precision = before
     exact, rounded, again = results

@@ -45,7 +45,8 @@ Kernels for CUDA have run under emulation on the CPU only, never on a GPU. They 
 of compute capability 8.0 and newer; cuda/sm80 takes head dims up to 256, and leaves larger ones to cuda/rows. float32
 is exact there, unless torch's own switch allows TensorFloat-32 in matrix products (`torch.backends.cuda.matmul`):
 then cuda/sm80 takes head dims up to 128 of it, of all but hard attention, and rounds what its products take to 10 bits
-of mantissa. A backward computes as its forward did. Values of offsets, buckets and tiles are not looked at before a
+of mantissa (numbers within 1/4096 of float32's largest to infinity). A backward computes as its forward did, and an
+exported program as the switch was. Values of offsets, buckets and tiles are not looked at before a
 launch, which would wait for the GPU: wrong ones, which only a direct call of the operators or wrong offsets can bring,
 are not refused there; they give wrong results, but no kernel leaves its tensors. A mask or bias that is too short for
 packed sequences is not noticed there either: rows and keys past its end are left out. Gradients of scales, sinks,

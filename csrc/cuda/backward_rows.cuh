@@ -65,7 +65,7 @@ struct HeadGradients {
     const S *of_out = dout(i), *value = v(j);
     C dp = 0;
     for (int d = 0; d < int(p.Dv); ++d)
-      dp += C(widen(load_global(of_out + d * p.dout.stride[3]))) * C(widen(load_global(value + d * p.v.stride[3])));
+      dp += operand(p, of_out + d * p.dout.stride[3]) * operand(p, value + d * p.v.stride[3]);
     x.weight = prob * z;
     x.ds = score_gradient(prob, z * dp, load_global(delta + i));
     x.dt = x.ds * slope;
@@ -186,7 +186,7 @@ void query_states(HEEDFUL_PARAMETER Problem p) {
           *out = row_of<const S>(p.out, band.batch, task.h, band.q_row + i);
   C sum = 0;
   for (int d = lane; d < int(p.Dv); d += 32)
-    sum += C(widen(load_global(dout + d * p.dout.stride[3]))) * C(widen(load_global(out + d * p.out.stride[3])));
+    sum += operand(p, dout + d * p.dout.stride[3]) * C(widen(load_global(out + d * p.out.stride[3])));
   sum = sum_of_warp(sum);
   if (lane) return;
   if (p.dlse.data) sum -= load_global(row_of<const C>(p.dlse, band.batch, task.h, band.q_row + i));

@@ -80,10 +80,8 @@ void test(const Case& c, bool with_backward = true) {
   } catch (const Fault& fault) {
     return report(false, kernel() + ": " + describe(c) + ": " + fault.what());
   }
-  // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D; so do weights, which in
-  // TensorFloat-32 are those of rounded q and k, while these gradients take them as they are.
-  const double of_weights = c.tf32 && c.dtype == DType::f32 ? 4 : 1;
-  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4) * of_weights);
+  // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D.
+  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4));
 }
 
 // Whatever the timing, the bits are the same.

@@ -6,15 +6,17 @@
 namespace heedful::cuda {
 
 // Whether tensor cores' kernels (sm80/) leave a problem to those that go row by row (rows.cuh), and why.
-enum class RowByRow { no, of_dtype, of_exact_float32, of_head_dim, of_hard };
-inline int64_t most_head_dim(const Problem& p) { return p.dtype == DType::f32 ? 128 : 256; }
-inline RowByRow row_by_row(const Problem& p, bool backward) {
+enum class RowByRow { no, of_dtype, of_head_dim, of_hard, of_exact_float32 };
+constexpr int64_t most_head_dim(DType dtype) { return dtype == DType::f32 ? 128 : 256; }
+constexpr RowByRow row_by_row(const Problem& p, bool backward) {
   if (p.dtype == DType::f64) return RowByRow::of_dtype;
-  if (p.dtype == DType::f32 && !p.allow_tf32) return RowByRow::of_exact_float32;
-  if ((p.D < p.Dv ? p.Dv : p.D) > most_head_dim(p)) return RowByRow::of_head_dim;
+  if ((p.D < p.Dv ? p.Dv : p.D) > most_head_dim(p.dtype)) return RowByRow::of_head_dim;
   // NOTE: backward finds the best keys anew, row by row: of rounded scores another key may be best.
-  return p.normalizer == Normalizer::hard && (backward || p.dtype == DType::f32) ? RowByRow::of_hard : RowByRow::no;
+  if (p.normalizer == Normalizer::hard && (backward || p.dtype == DType::f32)) return RowByRow::of_hard;
+  return p.dtype == DType::f32 && !p.allow_tf32 ? RowByRow::of_exact_float32 : RowByRow::no;
 }
+// Whether products of float32 take it as TensorFloat-32.
+constexpr bool rounds_to_tf32(const Problem& p) { return p.dtype == DType::f32 && row_by_row(p, true) == RowByRow::no; }
 
 using Kernel = void (*)(Problem);
 

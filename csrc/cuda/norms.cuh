@@ -31,8 +31,7 @@ void norms_of_rows(HEEDFUL_PARAMETER Problem p) {
   const S* x = row_of<const S>(view, n / rows / heads, n / rows % heads, n % rows);
   float squared = 0;
   for (int d = thread_index() % 32; d < int(p.D); d += 32) {
-    float y = widen(load_global(x + d * view.stride[3]));
-    if constexpr (sizeof(S) == 4) y = from_bits(to_tf32(y));  // as products take it: distances are differences
+    const float y = operand(p, x + d * view.stride[3]);  // distances are differences
     squared += y * y;
   }
   squared = sum_of_warp(squared);

@@ -29,6 +29,7 @@ void by_storage(const Problem& p, F f) {
 }
 
 // f of that type and of the padded head dim, where tensor cores' kernels run.
+static_assert(cuda::most_head_dim(DType::f32) == 128 && cuda::most_head_dim(DType::bf16) == 256);
 template <class F>
 void by_tile(const Problem& p, F f) {
   const int64_t dim = p.D < p.Dv ? p.Dv : p.D;

@@ -100,6 +100,7 @@ HEEDFUL_DEVICE uint32_t pack<Float16>(float low, float high) {
 }
 
 // To TensorFloat-32, which has 10 bits of mantissa: to the nearest, of two equally near ones to the one farther from 0.
+// A NaN with none but lower bits becomes infinite.
 HEEDFUL_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));

@@ -21,6 +21,19 @@ HEEDFUL_DEVICE C maximum_of_warp(C x) {
   return x;
 }
 
+// A number of q, k, v or dout as products take it, by which what goes row by row beside them agrees with them: with the
+// lse of scores of rounded numbers, and with differences of products. One that would round to infinity stays.
+template <class S>
+HEEDFUL_DEVICE Compute<S> operand(const Problem& p, const S* x) {
+  const Compute<S> y = Compute<S>(widen(load_global(x)));
+  if constexpr (sizeof(S) == 4) {
+    if (!cuda::rounds_to_tf32(p)) return y;
+    const float rounded = from_bits(to_tf32(y));
+    return rounded - rounded == 0 ? rounded : y;
+  }
+  return y;
+}
+
 // The similarity of a query and a key, with its derivatives: d/dq = cross * k - own_q * q, d/dk = cross * q - own_k *
 // k.
 template <class C>
@@ -31,7 +44,7 @@ template <class S, class C = Compute<S>>
 HEEDFUL_DEVICE Similar<C> similar(const Problem& p, const S* q, const S* k) {
   C qk = 0, qq = 0, kk = 0;
   for (int d = 0; d < int(p.D); ++d) {
-    const C x = C(widen(load_global(q + d * p.q.stride[3]))), y = C(widen(load_global(k + d * p.k.stride[3])));
+    const C x = operand(p, q + d * p.q.stride[3]), y = operand(p, k + d * p.k.stride[3]);
     qk += x * y;
     if (p.similarity == Similarity::dot) continue;
     qq += x * x, kk += y * y;

@@ -130,11 +130,11 @@ uint32_t pack(float low, float high, Where where = Where::current()) {
 }
 
 // To TensorFloat-32, which has 10 bits of mantissa: to the nearest, of two equally near ones to the one farther from 0.
+// A NaN with none but lower bits becomes infinite.
 inline uint32_t to_tf32(float x, Where where = Where::current()) {
   emulator::check_poison(x, where);
-  if (x != x) return 0x7fffffff;
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return (std::isinf(x) ? bits : bits + 0x1000) & 0xffffe000;
+  return (std::isfinite(x) ? bits + 0x1000 : bits) & 0xffffe000;
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------

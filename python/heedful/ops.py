@@ -115,7 +115,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
 
 def allows_tf32(q: Tensor) -> bool:
     """Whether attention of these queries may compute in TensorFloat-32: float32 on a GPU, where torch's own switch for
-    matrix products says so. (Its fp32_precision follows every way to set it; to read allow_tf32 may raise.)"""
+    matrix products says so. (Its fp32_precision follows every way to set it; to read allow_tf32 may raise.) What
+    torch.export makes keeps the switch as it was."""
     return q.is_cuda and q.dtype is torch.float32 and _torch_allows_tf32()
 
 
