@@ -46,8 +46,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of backends that are not here (but for --collect-only), and, for the emulator, those that are
-    not marked for it and the cases that would take it long."""
+    """Leaves out the tests of backends that are not here (but for --collect-only); for the emulator those that are not
+    marked for it, and the cases that would take it long."""
     missing = () if config.option.collectonly else MISSING
     dropped = [item for item in items if _backend_of(item) in missing or not _suits_emulator(item)]
     if dropped:
