@@ -67,22 +67,27 @@ std::string why_row_by_row(const Problem& p, bool backward) {
   return "";
 }
 
+// CUDA's kernels, the fastest first: the first one that takes a problem runs it. Those of one architecture (sm90/) come
+// before the ones that they surpass.
+struct CudaKernels {
+  const char* name;
+  std::string (*why_not)(const Problem& p, bool backward);
+};
+constexpr CudaKernels kCudaKernels[] = {{"cuda/sm80", &why_row_by_row},
+                                        {"cuda/rows", [](const Problem&, bool) { return std::string(); }}};
+
 void select_cuda(const Problem& p, const Machine& machine, bool explain, Selection& selection) {
   const std::string never = why_no_cuda(p, machine);
-  const std::string forward = why_row_by_row(p, false), backward = why_row_by_row(p, true);
-  if (never.empty()) {
-    selection.kernel = forward.empty() ? "cuda/sm80" : "cuda/rows";
-    selection.backward = backward.empty() ? "cuda/sm80" : "cuda/rows";
-    if (!explain) return;
-    if (!backward.empty()) selection.rejected.emplace_back("cuda/sm80", backward);
-    if (backward.empty())
-      selection.rejected.emplace_back(
-          "cuda/rows", p.dtype == DType::f32
-                           ? "cuda/sm80 runs, as torch.backends.cuda.matmul.fp32_precision allows TensorFloat-32"
-                           : "cuda/sm80 runs");
-  } else {
-    selection.rejected.emplace_back("cuda/sm80", never);
-    selection.rejected.emplace_back("cuda/rows", never);
+  for (const CudaKernels& kernels : kCudaKernels) {
+    const std::string forward = never.empty() ? kernels.why_not(p, false) : never,
+                      backward = never.empty() ? kernels.why_not(p, true) : never;
+    if (forward.empty() && selection.kernel.empty()) selection.kernel = kernels.name;
+    const bool first = backward.empty() && selection.backward.empty();
+    if (first) selection.backward = kernels.name;
+    if (first || !(explain || !never.empty())) continue;
+    std::string runs = selection.backward + " runs";
+    if (p.dtype == DType::f32) runs += ", as torch.backends.cuda.matmul.fp32_precision allows TensorFloat-32";
+    selection.rejected.emplace_back(kernels.name, backward.empty() ? runs : backward);
   }
 }
 
