@@ -84,7 +84,7 @@ void select_cuda(const Problem& p, const Machine& machine, bool explain, Selecti
     if (forward.empty() && selection.kernel.empty()) selection.kernel = kernels.name;
     const bool first = backward.empty() && selection.backward.empty();
     if (first) selection.backward = kernels.name;
-    if (first || !(explain || !never.empty())) continue;
+    if (first || (!explain && never.empty())) continue;
     std::string runs = selection.backward + " runs";
     if (p.dtype == DType::f32) runs += ", as torch.backends.cuda.matmul.fp32_precision allows TensorFloat-32";
     selection.rejected.emplace_back(kernels.name, backward.empty() ? runs : backward);

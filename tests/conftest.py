@@ -66,10 +66,9 @@ def _backend_of(item: pytest.Item) -> str | None:
 
 def _loses_small_weights(item: pytest.Item) -> bool:
     """Bounds are relative to each value; CPU kernels hold weights in float32."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") not in (CUDA, EMULATED) or parameters.get("dtype") is not torch.float16:
+    if _backend_of(item) not in (CUDA, EMULATED) or item.callspec.params.get("dtype") is not torch.float16:
         return False
-    case = parameters.get("case")
+    case = item.callspec.params.get("case")
     return case is not None and case.sizes == TILES and case.softcap is None and (case.gain == 8.0 or case.scale == 3.0)
 
 

@@ -163,18 +163,15 @@ void test_shapes(Numbers numbers) {
 
 // Offsets of the first query and lengths, where bounds of blocks and tiles that are off by one show.
 void test_offsets(Numbers numbers) {
-  int n = 0;
+  int n = -1;
   for (int64_t start = -135; start <= 200; start += start > -5 && start < 5 ? 1 : 9)
     for (int64_t left : {kUnbounded, int64_t{0}, int64_t{50}})
       for (int64_t right : {int64_t{0}, int64_t{17}}) {
-        if (!is_swept(numbers, n)) {
-          ++n;
-          continue;
-        }
+        if (!is_swept(numbers, ++n)) continue;
         Case c{.dtype = type_of(numbers, n / 2), .tf32 = true, .Sq = 130 + n % 5, .Sk = 125 + n % 7, .D = 64, .Dv = 64};
         c.scale = 0.125;
         c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
-        if (n++ % 4 == 0) c.bias = "hij";
+        if (n % 4 == 0) c.bias = "hij";
         test(c);
       }
 }
@@ -190,7 +187,7 @@ void test_features(Numbers numbers) {
 
 // Few queries over keys around the edges of tiles and splits.
 void test_decode(Numbers numbers) {
-  int n = 0;
+  int n = -1;
   const auto test_decoding = [](const Case& c, bool timings) {
     test(c, false);
     if (timings) test_same_bits(c, false);
@@ -198,12 +195,9 @@ void test_decode(Numbers numbers) {
   for (int64_t Sk : {1, 63, 64, 65, 191, 255, 256, 257, 319, 321, 512, 513, 900})
     for (int64_t group : {1, 2, 3, 7, 32}) {
       constexpr int64_t kDims[][2] = {{64, 64}, {40, 24}, {128, 128}, {72, 100}, {256, 256}, {16, 3}, {136, 250}};
-      const auto [D, Dv] = kDims[n % 7];
+      const auto [D, Dv] = kDims[++n % 7];
       const int64_t Sq = 1 + n % 8;
-      if (!fits(numbers, D, Dv)) {
-        ++n;
-        continue;
-      }
+      if (!fits(numbers, D, Dv)) continue;
       Case c{.dtype = type_of(numbers, n / 7),
              .tf32 = true,
              .Hq = group,
@@ -215,7 +209,7 @@ void test_decode(Numbers numbers) {
       if (n % 2) c.right = 0, c.start = Sk - Sq;
       if (n % 3 == 0) c.B = 2, c.lengths = c.poison = true;
       if (n % 4 == 0) c.Hk = 2, c.Hq *= 2, c.layout = Layout(n / 4 % 3);
-      test_decoding(c, n++ % 3 == 0);
+      test_decoding(c, n % 3 == 0);
     }
   for (int64_t D : {64, 21, 160}) {
     if (!fits(numbers, D, D)) continue;
@@ -235,10 +229,7 @@ void test_decode(Numbers numbers) {
     for (int64_t start = edge - 3; start <= edge + 2; ++start)
       for (int64_t left : {kUnbounded, int64_t{0}, int64_t{63}, int64_t{300}})
         for (int64_t right : {int64_t{0}, int64_t{17}}) {
-          if (!is_swept(numbers, n)) {
-            ++n;
-            continue;
-          }
+          if (!is_swept(numbers, ++n)) continue;
           Case c{.dtype = type_of(numbers, n / 2),
                  .tf32 = true,
                  .Hq = 3,
@@ -248,13 +239,13 @@ void test_decode(Numbers numbers) {
                  .Dv = 64,
                  .scale = 0.1};
           c.start = start, c.left = left, c.right = right, c.lengths = n % 3 == 0, c.poison = n % 2;
-          if (n++ % 4 == 0) c.bias = "hij";
+          if (n % 4 == 0) c.bias = "hij";
           test(c, false);
         }
   // Packed, with sequences of more queries, which the forward kernel takes.
   for (int64_t Sq : {8, 16, 17, 60})
     for (int64_t Sk : {70, 600}) {
-      Case c{.dtype = type_of(numbers, n++),
+      Case c{.dtype = type_of(numbers, ++n),
              .tf32 = true,
              .B = 5,
              .Hq = 4,

@@ -94,7 +94,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
             f"{f', and kernels for GPUs are not there ({NO_CUDA})' if q.is_cuda else ''}. "
             "heedful.reference.attention runs on any device; heedful.explain says more"
         )
-    if allows_tf32(q):
+    if not q.is_cpu and allows_tf32(q):
         arguments["allow_tf32"] = True
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, **arguments)
