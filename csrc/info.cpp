@@ -95,7 +95,7 @@ py::list kernels_for(const std::string& device, const std::string& dtype, const 
   py::list kernels;
   const auto add = [&] {
     const auto found = heedful::select(problem_with(dtype, features), device, machine, false);
-    if (!found.kernel.empty()) kernels.append(found.kernel);
+    if (!found.kernel.empty() && !kernels.contains(found.kernel)) kernels.append(found.kernel);
     if (found.backward != found.kernel) kernels.append(found.backward + " backward");
   };
   if (device == "cuda") add();

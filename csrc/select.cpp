@@ -16,6 +16,7 @@ bool machine_has([[maybe_unused]] const std::string& isa) {
   if (isa == "avx512")
     return machine_has("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == "avx512_bf16") return machine_has("avx512") && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == "baseline";
 }
@@ -23,16 +24,21 @@ bool machine_has([[maybe_unused]] const std::string& isa) {
 std::string needs(const std::string& isa) {
   if (isa == "avx2") return "AVX2, FMA and F16C";
   if (isa == "avx512") return "AVX-512 F, BW, DQ and VL";
+  if (isa == "avx512_bf16") return "AVX-512 F, BW, DQ, VL and BF16";
   return "";
 }
 
 // Why this instruction set's kernels do not run here; empty where they do.
-std::string why_not(const cpu::InstructionSet& isa, const std::string& device, const Machine& machine) {
+std::string why_not(const Problem& p, const cpu::InstructionSet& isa, const std::string& device,
+                    const Machine& machine) {
   if (device != "cpu") return "runs on the device cpu only";
   if (std::find(machine.cpu.begin(), machine.cpu.end(), isa.name) == machine.cpu.end())
     return "this machine lacks " + needs(isa.name);
-  if (!machine.forced.empty() && machine.forced != isa.name) return "HEEDFUL_CPU_ISA=" + machine.forced;
-  return "";
+  const std::string for_pairs = "avx512_bf16";
+  // What they leave is done by the next ones, whichever of the two is forced.
+  const bool next = isa.name == std::string("avx512") && machine.forced == for_pairs;
+  if (!machine.forced.empty() && machine.forced != isa.name && !next) return "HEEDFUL_CPU_ISA=" + machine.forced;
+  return isa.name == for_pairs ? why_no_pairs(p) : "";
 }
 
 // Why none of CUDA's kernels runs here; empty where one does.
@@ -93,10 +99,20 @@ void select_cuda(const Problem& p, const Machine& machine, bool explain, Selecti
 
 }  // namespace
 
+// Pairs cannot hold what is computed from q and k, nor a scale that varies; and hard attention's scores are those of
+// exact products.
+std::string why_no_pairs(const Problem& p) {
+  if (p.dtype != DType::bf16) return "takes bfloat16 alone";
+  if (p.similarity != Similarity::dot) return "takes dot products alone";
+  if (p.normalizer == Normalizer::hard) return "leaves hard attention to other kernels";
+  if (p.scales.data) return "takes one scale for all heads";
+  return "";
+}
+
 const std::vector<const cpu::InstructionSet*>& instruction_sets() {
   static const std::vector<const cpu::InstructionSet*> all = {
 #ifdef HEEDFUL_HAVE_AVX512
-      &cpu::kAvx512,
+      &cpu::kAvx512Bf16, &cpu::kAvx512,
 #endif
 #ifdef HEEDFUL_HAVE_AVX2
       &cpu::kAvx2,
@@ -124,7 +140,7 @@ Selection select(const Problem& p, const std::string& device, const Machine& mac
     if (!explain && !selection.kernel.empty()) return selection;
   }
   for (const auto* isa : instruction_sets()) {
-    std::string reason = why_not(*isa, device, machine);
+    std::string reason = why_not(p, *isa, device, machine);
     if (reason.empty() && !selection.cpu) {
       selection.cpu = isa;
       selection.kernel = selection.backward = std::string("cpu/") + isa->name;
@@ -134,7 +150,7 @@ Selection select(const Problem& p, const std::string& device, const Machine& mac
       }
     } else {
       selection.rejected.emplace_back(std::string("cpu/") + isa->name,
-                                      reason.empty() ? "a wider instruction set runs" : std::move(reason));
+                                      reason.empty() ? selection.kernel + " runs" : std::move(reason));
     }
   }
   return selection;

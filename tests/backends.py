@@ -16,8 +16,11 @@ from cases import PARAMETERS, Case
 from heedful import ops
 
 CUDA, EMULATED = "cuda", "cuda-emulated"
-BACKENDS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", EMULATED, CUDA)
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # each machine runs those up to its own capability
+# Each machine runs those up to its own capability. The last one has kernels of bfloat16 alone; the others are the one's
+# before it.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+PAIRS = "cpu-avx512_bf16"
+BACKENDS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), EMULATED, CUDA)
 
 # The CUDA kernels' operators on the CPU (CMakeLists.txt, HEEDFUL_EMULATED_TEST), which no wheel has.
 EMULATED_LIBRARY = Path(

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from backends import BACKENDS, CUDA, EMULATED, MOST_EMULATED_SECONDS, Backend, emulated_operators, emulated_seconds
+from backends import (
+    BACKENDS,
+    CUDA,
+    EMULATED,
+    MOST_EMULATED_SECONDS,
+    PAIRS,
+    Backend,
+    emulated_operators,
+    emulated_seconds,
+)
 from table import TILES
 
 # Kernels give the same bits for any number of threads (test_determinism.py shows it), so one does, and it leaves the
@@ -47,9 +56,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out the tests of backends that are not here (but for --collect-only); for the emulator those that are not
-    marked for it, and the cases that would take it long."""
+    marked for it, and the cases that would take it long; and what kernels of bfloat16 leave to others."""
     missing = () if config.option.collectonly else MISSING
-    dropped = [item for item in items if _backend_of(item) in missing or not _suits_emulator(item)]
+
+    def suits(item: pytest.Item) -> bool:
+        return _backend_of(item) not in missing and _suits_emulator(item) and _suits_pairs(item)
+
+    dropped = [item for item in items if not suits(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         kept = set(items) - set(dropped)
@@ -80,6 +93,10 @@ def _suits_emulator(item: pytest.Item) -> bool:
         return False
     case = parameters.get("case")
     return case is None or emulated_seconds(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_SECONDS
+
+
+def _suits_pairs(item: pytest.Item) -> bool:
+    return _backend_of(item) != PAIRS or item.callspec.params.get("dtype", torch.bfloat16) is torch.bfloat16
 
 
 @pytest.fixture

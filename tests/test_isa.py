@@ -46,21 +46,23 @@ def test_instruction_sets_agree(case: Case, dtype: torch.dtype, monkeypatch: pyt
 
 
 @pytest.mark.skipif(len(AVAILABLE) < 2, reason="this machine runs the baseline alone")
-def test_forcing_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+def test_forcing_takes_effect(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused multiply-add rounds differently: the bits of a long sum tell the baseline from the others."""
-    problem = build(Case((1, 1, 1, 64, 300, 64, 64)), torch.float32)
+    problem = build(Case((1, 1, 1, 64, 300, 64, 64)), dtype)
     bits = {}
     for isa in (*AVAILABLE, *AVAILABLE):
         monkeypatch.setenv("HEEDFUL_CPU_ISA", isa)
-        assert heedful.explain(problem.q, problem.k, problem.v).isa == isa
-        out, _ = problem.forward()
-        assert torch.equal(bits.setdefault(isa, out), out)
+        runs = "avx512" if isa == "avx512_bf16" and dtype is torch.float32 else isa
+        assert heedful.explain(problem.q, problem.k, problem.v).isa == runs
+        _, lse = problem.forward()
+        assert torch.equal(bits.setdefault(isa, lse), lse)
     assert all(not torch.equal(bits["baseline"], bits[isa]) for isa in AVAILABLE[1:])
 
 
 def test_best_instruction_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEEDFUL_CPU_ISA", raising=False)
-    problem = build(SAMPLE[0], torch.float32)
+    problem = build(SAMPLE[0], torch.bfloat16)
     assert heedful.explain(problem.q, problem.k, problem.v).isa == AVAILABLE[-1] == heedful._info.cpu_capability()
     default = problem.results()
     monkeypatch.setenv("HEEDFUL_CPU_ISA", AVAILABLE[-1])
@@ -157,7 +159,7 @@ def test_avx2_code_has_no_avx512() -> None:
 def test_each_instruction_set_is_used() -> None:
     """What is compiled for an instruction set uses it, so that the tests above look at what they mean."""
     built = heedful._info.build_info()["isas"]
-    for isa, kind in (("avx2", "avx"), ("avx512", "avx512")):
+    for isa, kind in (("avx2", "avx"), ("avx512", "avx512"), ("avx512_bf16", "avx512")):
         if isa in built:
             used = [f for f, kinds in kinds_by_function().items() if isa_of(f) == isa and kind in kinds]
             assert len(used) >= 4, isa

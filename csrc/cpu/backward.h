@@ -9,6 +9,9 @@
 // (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of
 // parameters.
 //
+// The products' operands are numbers of the compute type, or pairs of bfloat16 (pairs.h) along each product's sum: q,
+// dO and dS are then there twice.
+//
 // Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
 // from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
 // over those itself, in order: nobody else adds to its part of the bias gradient.
@@ -46,10 +49,11 @@ struct KeysSeen {
   }
 };
 
-template <class S>
+template <class S, class E = Compute<S>>
 struct Backward {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
+  static constexpr bool kPairs = kDepth<E> == 2;
   static constexpr int64_t kQueries = 64, kKeys = 128;
   static constexpr int64_t kRowsPerTask = 256;  // of phases 1 and 3
 
@@ -79,6 +83,8 @@ struct Backward {
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
+  // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
+  static bool scales_k(const Problem& p) { return !kPairs && !defers_scale(p); }
 
   static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
@@ -181,26 +187,38 @@ struct Backward {
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
-    C *kt, *vt, *k;       // K^T and V^T, [D][kKeys] in panels; K, scaled unless that is deferred, [kKeys][D]
-    C *dk, *dv;           // [kKeys][D]
-    C *q, *dout;          // [kQueries][D]
-    C *p, *ds;            // [kQueries][kKeys]
-    C* row;               // [D]
-    ScoreParts<C> parts;  // [kQueries][panel]
+    E *kt, *vt, *k;         // K^T and V^T, [D][kKeys] in panels; K, numbers scaled unless deferred, [kKeys][D]
+    E *q, *dout;            // [kQueries][D]
+    E *q_rows, *dout_rows;  // likewise, but pairs along D; numbers are the same
+    C *p, *ds;              // [kQueries][kKeys]
+    E *weights, *grads;     // P and dS, likewise: as operands
+    E* grad_rows;           // dS, pairs along the keys
+    C *dk, *dv;             // [kKeys][D]
+    C* row;                 // [D]
+    ScoreParts<C> parts;    // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t panel = kVectors * n, keys = least(kKeys, padded<C>(p.Sk)), queries = least(kQueries, p.Sq);
     const int64_t dim = embedded_dim(p);
     Carver carve{base};
-    s->kt = carve.take<C>(dim * keys);
-    s->vt = carve.take<C>(p.Dv * keys);
-    s->k = carve.take<C>(keys * padded<C>(dim));
+    s->kt = carve.take<E>(terms<E>(dim) * keys);
+    s->vt = carve.take<E>(terms<E>(p.Dv) * keys);
+    s->k = carve.take<E>(terms<E>(keys) * padded<C>(dim));
     s->dk = carve.take<C>(keys * padded<C>(dim));
     s->dv = carve.take<C>(keys * padded<C>(p.Dv));
-    s->q = carve.take<C>(queries * padded<C>(dim));
-    s->dout = carve.take<C>(queries * padded<C>(p.Dv));
+    s->q = carve.take<E>(terms<E>(queries) * padded<C>(dim));
+    s->dout = carve.take<E>(terms<E>(queries) * padded<C>(p.Dv));
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
+    if constexpr (kPairs) {
+      s->q_rows = carve.take<E>(queries * terms<E>(padded<C>(dim)));
+      s->dout_rows = carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
+      s->weights = carve.take<E>(terms<E>(queries) * keys);
+      s->grads = carve.take<E>(terms<E>(queries) * keys);
+      s->grad_rows = carve.take<E>(queries * terms<E>(keys));
+    } else {
+      s->q_rows = s->q, s->dout_rows = s->dout, s->weights = s->p, s->grads = s->grad_rows = s->ds;
+    }
     s->row = carve.take<C>(padded<C>(p.D));
     s->parts = ScoreParts<C>(p, carve, queries, panel, keys, true);
     return carve.size;
@@ -300,7 +318,7 @@ struct Backward {
         pull_back(p, Role::key, s.dk + j * dk_stride, s.row);
       }
     store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D,
-                  scales_first(p) ? C(1) : C(p.scale));
+                  scales_first(p) && !kPairs ? C(1) : C(p.scale));
     store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
   }
 
@@ -309,39 +327,53 @@ struct Backward {
     const int64_t dim = embedded_dim(p);
     for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, present = least(keys - l, width);
-      load_tile<C>(s.kt + l * dim, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present,
-                   width, C(1));
-      embed_lanes(p, Role::key, s.kt + l * dim, width, C(1));
-      load_tile<C>(s.vt + l * p.Dv, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv,
-                   present, width, C(1));
+      E *kt = s.kt + l * terms<E>(dim), *vt = s.vt + l * terms<E>(p.Dv);
+      load_operand(kt, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width);
+      embed_lanes(p, Role::key, kt, width, C(1));
+      load_operand(vt, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present, width);
     });
-    load_tile<C>(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
-                 defers_scale(p) ? C(1) : C(p.scale));
+    load_operand(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
+                 scales_k(p) ? C(p.scale) : C(1));
     embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
+  }
+
+  void pack_queries(const Tile& t) const {
+    const int64_t queries = t.i1 - t.i0, d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    const Source<S> q{query_row(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]},
+        dout{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]};
+    const C scale = query_scale<E>(p, b, t.h);  // scores want it, and dK
+    load_operand(s.q, d, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1));
+    embed_rows(p, Role::query, s.q, d, queries, scale);
+    load_operand(s.dout, dv, dout, queries, p.Dv, dv);
+    if constexpr (kPairs) {
+      load_row_pairs(s.q_rows, terms<E>(d), q, queries, p.D);
+      load_row_pairs(s.dout_rows, terms<E>(dv), dout, queries, p.Dv);
+    }
   }
 
   void run_tile(const Tile& t, bool careful) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
-    const C scale = query_scale<C>(p, b, t.h);  // scores want it, and dK
-    load_tile<C>(s.q, d, Source<S>{query_row(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]}, queries, p.D, d,
-                 p.similarity == Similarity::dot ? scale : C(1));
-    embed_rows(p, Role::query, s.q, d, queries, scale);
-    load_tile<C>(s.dout, dv, Source<S>{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]}, queries, p.Dv,
-                 dv, C(1));
+    pack_queries(t);
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, stride, p, band, t);
     for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
 
     if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
 
+    if constexpr (kPairs) {
+      join_rows(s.weights, stride, s.p, stride, queries, padded<C>(keys));
+      join_rows(s.grads, stride, s.ds, stride, queries, padded<C>(keys));
+      join_lanes(s.grad_rows, terms<E>(stride), s.ds, stride, queries, keys);
+    }
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
     if (careful) return multiply_carefully(t, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
-    multiply<Onto::c, C, Unit::row>({s.p, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dout, seers);
-    multiply<Onto::c, C, Unit::row>({s.ds, stride}, 0, keys, s.q, d, s.dk, d, d, s.q, seers);
-    multiply<Onto::c, C, Unit::k>({s.ds, stride}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.k, seen);
+    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dv, seers);
+    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, s.q, d, s.dk, d, d, s.dk, seers);
+    multiply<Onto::c, E, Unit::k>({s.grad_rows, terms<E>(stride)}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk,
+                                  seen);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
@@ -367,14 +399,14 @@ struct Backward {
     Tile panel = t;
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p), d = padded<C>(dim), dv = padded<C>(p.Dv);
-    multiply<Onto::nothing, C, Unit::k>({s.q, d}, r0, r1, s.kt + l * dim, width, prob, stride, width, s.q,
-                                        WholeSum{dim});
-    multiply<Onto::nothing, C, Unit::k>({s.dout, dv}, r0, r1, s.vt + l * p.Dv, width, grad, stride, width, s.q,
-                                        WholeSum{p.Dv});
-    const bool plain = is_plain(p, band, panel);
+    multiply<Onto::nothing, E, Unit::k>({s.q_rows, terms<E>(d)}, r0, r1, s.kt + l * terms<E>(dim), width, prob, stride,
+                                        width, s.dk, WholeSum{dim});
+    multiply<Onto::nothing, E, Unit::k>({s.dout_rows, terms<E>(dv)}, r0, r1, s.vt + l * terms<E>(p.Dv), width, grad,
+                                        stride, width, s.dk, WholeSum{p.Dv});
+    const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
-      apply_scores<InLanes::keys>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,
-                                  distances_of<InLanes::keys>(s.parts, t, panel));
+      apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,
+                                     distances_of<InLanes::keys>(s.parts, t, panel));
     if (s.parts.keep) {
       load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, panel);
       scale_pairs(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
@@ -469,27 +501,27 @@ struct Backward {
   void multiply_carefully(const Tile& t, C* dq, int64_t dq_stride) const {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
-    const auto add = [](C* to, int64_t count, auto term) {
-      Vec<C> sum = {};
-      for (int64_t x = 0; x < count; ++x) term(x, sum);
-      store(to, load(to) + sum);
+    const auto present = [&](int64_t i, int64_t j) { return i < queries && j < keys && !(s.p[i * stride + j] < 0); };
+    // c += sum_x a[x * a_stride] * b[x], a row of `width` numbers; `at(x)` says whether its number x takes part.
+    const auto add = [&](C* c, int64_t count, const E* a, int64_t a_stride, const E* b, int64_t width, auto at) {
+      for (int64_t l = 0; l < width; l += n) {
+        Vec<C> sum = {};
+        for (int64_t x = 0; x < terms<E>(count); ++x) {
+          const auto part = [&](int half) { return at(x * kDepth<E> + half); };
+          sum = multiply_add<E>(sum, broadcast_element(a + x * a_stride),
+                                where_present<E>(load(b + x * width + l), part));
+        }
+        store(c + l, load(c + l) + sum);
+      }
     };
-    const auto present = [&](int64_t i, int64_t j) { return !(s.p[i * stride + j] < 0); };
     for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t x = 0; x < dv; x += n)
-        add(s.dv + j * dv + x, queries, [&](int64_t i, Vec<C>& sum) {
-          if (present(i, j)) sum += s.p[i * stride + j] * load(s.dout + i * dv + x);
-        });
-      for (int64_t x = 0; x < dk; x += n)
-        add(s.dk + j * dk + x, queries, [&](int64_t i, Vec<C>& sum) {
-          if (present(i, j)) sum += s.ds[i * stride + j] * load(s.q + i * dk + x);
-        });
+      const auto seen = [&](int64_t i) { return present(i, j); };
+      add(s.dv + j * dv, queries, s.weights + j, stride, s.dout, dv, seen);
+      add(s.dk + j * dk, queries, s.grads + j, stride, s.q, dk, seen);
     }
     for (int64_t i = 0; i < queries; ++i)
-      for (int64_t x = 0; x < dk; x += n)
-        add(dq + i * dq_stride + x, keys, [&](int64_t j, Vec<C>& sum) {
-          if (present(i, j)) sum += s.ds[i * stride + j] * load(s.k + j * dk + x);
-        });
+      add(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, s.k, dk,
+          [&](int64_t j) { return present(i, j); });
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
@@ -518,7 +550,7 @@ struct Backward {
     }
     if (!dq_in_place(p) && t.i0 < t.i1)
       store_rows<C>(row_of<S>(p.dq, band.batch, t.h, band.q_row + t.i0), p.dq.stride[2], sum.data + t.i0 * sum.stride,
-                    sum.stride, t.i1 - t.i0, p.D, C(1));
+                    sum.stride, t.i1 - t.i0, p.D, scales_k(p) || defers_scale(p) ? C(1) : C(p.scale));
   }
 
   // The gradient g of an embedded, unscaled query becomes that of the query; returns what the row adds to d(scale):
@@ -530,9 +562,9 @@ struct Backward {
     if (idle) return 0;  // a query that takes part in nothing may be NaN
     const Source<S> q{row_of<const S>(p.q, band.batch, h, band.q_row + i), 0, p.q.stride[3]};
     load_tile<C>(s.row, padded<C>(p.D), q, 1, p.D, padded<C>(p.D), C(1));
-    load_tile<C>(s.q, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));
-    embed_rows(p, Role::query, s.q, padded<C>(dim), 1, C(1));
-    const C scale_gradient = inner_product(s.q, g, dim), scale = scale_of<C>(p, b, h);
+    load_tile<C>(s.dk, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));  // the memory of phase 2
+    embed_rows(p, Role::query, s.dk, padded<C>(dim), 1, C(1));
+    const C scale_gradient = inner_product(s.dk, g, dim), scale = scale_of<C>(p, b, h);
     pull_back(p, Role::query, g, s.row);
     for (int64_t d = 0; d < p.D; ++d) g[d] *= scale;
     return scale_gradient;

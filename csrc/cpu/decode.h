@@ -264,9 +264,9 @@ struct Decode {
     C* scores = s.scores + row * kKeys;
     if (empty)
       for (int64_t x = 0; x < queries * kKeys; ++x) scores[x] = -kInfinity<C>;
-    else if (!is_plain(p, band, t)) {
+    else if (!is_plain<C>(p, band, t)) {
       if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
-      apply_scores<InLanes::keys>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
+      apply_scores<InLanes::keys, C>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
     }
     if (s.parts.keep && !empty) load_keep<InLanes::keys>(s.parts.keep, width, p, t);
     for (int64_t i = 0; i < queries; ++i) {

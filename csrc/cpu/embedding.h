@@ -1,9 +1,9 @@
 // Embeds tiles of q and k rows (score/similarity.h), and takes gradients of embedded rows back. Rows of dot products
-// are as they are loaded.
+// are as they are loaded; pairs of bfloat16, which would round embedded ones, have dot products alone.
 #pragma once
 
 #include "../score/similarity.h"
-#include "lanes.h"
+#include "pairs.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -31,6 +31,8 @@ HEEDFUL_CALLED void embed_lanes(const Problem& p, Role role, C* x, int64_t width
     for (int64_t d = 0; d < p.D; ++d) store(x + d * width + l, load(x + d * width + l) * factor);
   }
 }
+
+HEEDFUL_FN void embed_lanes(const Problem&, Role, Pair*, int64_t, float) {}
 
 // The sum of a row's products, in the order of memory.
 template <class C>
@@ -60,6 +62,8 @@ HEEDFUL_CALLED void embed_rows(const Problem& p, Role role, C* x, int64_t stride
     for (int64_t d = 0; d < p.D; ++d) x[d] *= factor;
   }
 }
+
+HEEDFUL_FN void embed_rows(const Problem&, Role, Pair*, int64_t, int64_t, float) {}
 
 // g: the gradient of an embedded row; its first D numbers become that of the row x it was made from. A row that took
 // part in nothing has no gradient, whatever its own numbers are.

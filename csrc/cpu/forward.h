@@ -6,6 +6,9 @@
 //
 // The block's lanes are split into panels of kVectors vectors (the last ones of a single vector); a panel keeps its own
 // state and goes over a key block on its own, while the key block stays in the cache for all of them.
+//
+// The products' operands are numbers of the compute type, or pairs of bfloat16 (pairs.h): of D in the first product, of
+// keys in the second.
 #pragma once
 
 #include "decode.h"
@@ -16,17 +19,20 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-template <class S>
+template <class S, class E = Compute<S>>
 struct Forward {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
-  // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache.
-  static constexpr int64_t kQueries = 64, kKeys = 128;
+  static constexpr bool kPairs = kDepth<E> == 2;
+  // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache. Those of
+  // pairs are half as large.
+  static constexpr int64_t kQueries = 64, kKeys = 128 * kDepth<E>;
   static constexpr Int<C> kNoKey = -1;
   static_assert(kQueries == kMaskTile);  // a block of queries has one row of mask tiles
 
   struct Scratch {
-    C *q, *out, *maximum, *sum, *scores, *k, *v;
+    E *q, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
+    C *out, *maximum, *sum, *scores;
     Int<C>* best;
     ScoreParts<C> parts;
   };
@@ -34,14 +40,20 @@ struct Forward {
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t panel = kVectors * n, lanes = most<int64_t>(kQueries, n), keys = least(kKeys, p.Sk);
     Carver carve{base};
-    s->q = carve.take<C>(embedded_dim(p) * lanes);
+    s->q = carve.take<E>(terms<E>(embedded_dim(p)) * lanes);
     s->out = carve.take<C>(p.Dv * lanes);
     s->maximum = carve.take<C>(lanes);
     s->sum = carve.take<C>(lanes);
     s->scores = carve.take<C>(keys * panel);
-    const bool k_in_place = in_place(p.k, p.D) && p.similarity == Similarity::dot;
-    s->k = k_in_place ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
-    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
+    if constexpr (kPairs) {
+      s->weights = carve.take<E>(terms<E>(keys) * panel);
+      s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
+      s->v = carve.take<E>(terms<E>(keys) * padded<C>(p.Dv));
+    } else {
+      s->weights = s->scores;
+      s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
+      s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
+    }
     s->best = p.normalizer == Normalizer::hard ? carve.take<Int<C>>(lanes) : nullptr;
     s->parts = ScoreParts<C>(p, carve, keys, panel, lanes, false);
     return carve.size;
@@ -49,7 +61,10 @@ struct Forward {
 
   // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
   static bool in_place(const View& view, int64_t dim) {
-    return sizeof(S) == sizeof(C) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
+    return sizeof(S) * kDepth<E> == sizeof(E) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
+  }
+  static bool k_in_place(const Problem& p) {
+    return in_place(p.k, p.D) && p.similarity == Similarity::dot && (!kPairs || lie_in_pairs(p.k, p.D));
   }
 
   // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
@@ -112,25 +127,43 @@ struct Forward {
   void load_queries() const {
     const S* q = row_of<const S>(p.q, band.batch, h, band.q_row);
     const int64_t dim = embedded_dim(p);
-    const C scale = query_scale<C>(p, b, h);
+    const C scale = query_scale<E>(p, b, h);
     for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
       const int64_t width = vectors.value * n, i = i0 + l;
       const int64_t present = clamp(least(i1, band.queries) - i, 0, width);
-      load_tile<C>(s.q + l * dim, width, Source<S>{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]}, p.D, present,
-                   width, p.similarity == Similarity::dot ? scale : C(1));
-      embed_lanes(p, Role::query, s.q + l * dim, width, scale);
+      const Source<S> source{q + i * p.q.stride[2], p.q.stride[3], p.q.stride[2]};
+      E* to = s.q + l * terms<E>(dim);
+      load_operand(to, width, source, p.D, present, width, p.similarity == Similarity::dot ? scale : C(1));
+      embed_lanes(p, Role::query, to, width, scale);
     });
   }
 
-  // Keys [j0, j1) as rows of the compute type.
-  Rows<C> rows(const View& view, C* packed, int64_t dim, int64_t width, int64_t j0, int64_t j1) const {
-    const S* data = row_of<const S>(view, band.batch, kv_head(), band.k_row + j0);
-    return load_rows<C>(packed, Source<S>{data, view.stride[2], view.stride[3]}, j1 - j0, dim, width);
+  Source<S> source(const View& view, int64_t j) const {
+    return {row_of<const S>(view, band.batch, kv_head(), band.k_row + j), view.stride[2], view.stride[3]};
   }
-  Rows<C> key_rows(int64_t j0, int64_t j1) const {
-    const Rows<C> k = rows(p.k, s.k, p.D, padded<C>(embedded_dim(p)), j0, j1);
-    if (s.k) embed_rows(p, Role::key, s.k, k.stride, j1 - j0, C(1));
-    return k;
+  // Keys [j0, j1): elements along each row.
+  Rows<E> key_rows(int64_t j0, int64_t j1) const {
+    const Source<S> from = source(p.k, j0);
+    if constexpr (kPairs) {
+      if (!s.k) return {reinterpret_cast<const Pair*>(from.data), from.row_stride / 2};
+      load_row_pairs(s.k, terms<E>(p.D), from, j1 - j0, p.D);
+      return {s.k, terms<E>(p.D)};
+    } else {
+      const Rows<C> k = load_rows<C>(s.k, from, j1 - j0, p.D, padded<C>(embedded_dim(p)));
+      if (s.k) embed_rows(p, Role::key, s.k, k.stride, j1 - j0, C(1));
+      return k;
+    }
+  }
+  // Their values: elements along the keys.
+  Rows<E> value_rows(int64_t j0, int64_t j1) const {
+    const Source<S> from = source(p.v, j0);
+    const int64_t width = padded<C>(p.Dv);
+    if constexpr (kPairs) {
+      load_pairs(s.v, width, from, j1 - j0, p.Dv, width);
+      return {s.v, width};
+    } else {
+      return load_rows<C>(s.v, from, j1 - j0, p.Dv, width);
+    }
   }
 
   void attend(bool careful) const {
@@ -143,14 +176,16 @@ struct Forward {
     }
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0) return;
-    const int64_t first_key = band.first_key(i0), end_key = band.end_key(last);
+    // Which keys make a pair must not depend on the block.
+    const auto first_key_of = [&](int64_t i) { return band.first_key(i) / kDepth<E> * kDepth<E>; };
+    const int64_t first_key = first_key_of(i0), end_key = band.end_key(last);
     const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
       next = (j0 / block_keys + 1) * block_keys;
       const int64_t j1 = least(next, end_key);
       Tile block{b, h, i0, last + 1, j0, j1};
       if (!find_masks(p, &block)) continue;
-      const Rows<C> k = key_rows(j0, j1), v = s.best ? Rows<C>{} : rows(p.v, s.v, p.Dv, padded<C>(p.Dv), j0, j1);
+      const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
@@ -158,26 +193,26 @@ struct Forward {
         const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
         Tile tile = block;
-        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, band.first_key(i)), tile.j1 = least(j1, band.end_key(end - 1));
+        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)), tile.j1 = least(j1, band.end_key(end - 1));
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), l,
-                                    k.data + (tile.j0 - j0) * k.stride, k.stride, v.data + (tile.j0 - j0) * v.stride,
-                                    v.stride, careful);
+                                    {k.data + (tile.j0 - j0) * k.stride, k.stride},
+                                    {v.data + terms<E>(tile.j0 - j0) * v.stride, v.stride}, careful);
       });
     }
   }
 
   // One panel of queries over the keys of a tile.
   template <int kN>
-  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, int64_t l, const C* k, int64_t k_stride,
-                               const C* v, int64_t v_stride, bool careful) const {
+  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, int64_t l, Rows<E> k, Rows<E> v,
+                               bool careful) const {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
-    multiply<Onto::nothing, C, Unit::k>({k, k_stride}, 0, keys, s.q + l * dim, width, s.scores, width, width, s.scores,
-                                        WholeSum{dim});
-    const bool plain = is_plain(p, band, tile);
+    multiply<Onto::nothing, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores, width,
+                                        width, s.scores, WholeSum{dim});
+    const bool plain = is_plain<E>(p, band, tile);
     if (!plain)
-      apply_scores<InLanes::queries>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
+      apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
     if (s.best) return find_best<kN>(tile, l);
     alignas(64) C rescale[width];
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
@@ -191,11 +226,12 @@ struct Forward {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
     }
+    if constexpr (kPairs) join_rows(s.weights, width, s.scores, width, keys, width);
     C* out = s.out + l * p.Dv;
     if (careful)
-      add_values_carefully<kN>(keys, v, v_stride, out, rescale);
+      add_values_carefully<kN>(keys, v, out, rescale);
     else
-      multiply<Onto::scaled_c, C, Unit::row>({v, v_stride}, 0, p.Dv, s.scores, width, out, width, width, rescale,
+      multiply<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width, rescale,
                                              WholeSum{keys});
   }
 
@@ -235,13 +271,13 @@ struct Forward {
   }
 
   template <int kN>
-  HEEDFUL_FN void add_values_carefully(int64_t keys, const C* v, int64_t v_stride, C* out, const C* rescale) const {
+  HEEDFUL_FN void add_values_carefully(int64_t keys, Rows<E> v, C* out, const C* rescale) const {
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
         Vec<C> sum = {};  // in the order of `multiply`: the bits do not depend on the way
-        for (int64_t j = 0; j < keys; ++j) {
-          const Vec<C> y = load(s.scores + (j * kN + x) * n);
-          sum += select(y < Vec<C>{}, Vec<C>{}, y * broadcast<C>(v[j * v_stride + d]));
+        for (int64_t j = 0; j < terms<E>(keys); ++j) {
+          const Vec<E> weight = load(s.weights + (j * kN + x) * n);
+          sum = multiply_add<E>(sum, where_unmarked<E>(broadcast_element(v.data + j * v.stride + d), weight), weight);
         }
         sum += load(out + (d * kN + x) * n) * load(rescale + x * n);
         store(out + (d * kN + x) * n, sum);

@@ -31,10 +31,10 @@ struct InstructionSet {
   const char* name;
   int vector_bytes;
   TileSize forward_tile, backward_tile;
-  Planner forward[4], backward[4];  // by DType
+  Planner forward[4], backward[4];  // by DType; null where another instruction set's serve
 };
 
 // Defined where the architecture has them.
-extern const InstructionSet kBaseline, kAvx2, kAvx512;
+extern const InstructionSet kBaseline, kAvx2, kAvx512, kAvx512Bf16;
 
 }  // namespace heedful::cpu

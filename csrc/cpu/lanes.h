@@ -360,12 +360,16 @@ HEEDFUL_FN void from_compute(float x, Float16* p) {
 
 HEEDFUL_FN void store_as(float* p, Vec<float> v) { store(p, v); }
 HEEDFUL_FN void store_as(double* p, Vec<double> v) { store(p, v); }
-HEEDFUL_FN void store_as(BFloat16* p, Vec<float> v) {
-  typedef typename VectorOf<uint32_t>::type Bits;
+// Rounded to nearest, ties to even, in the low half of each lane.
+HEEDFUL_FN VectorOf<uint32_t>::type bfloat16_bits(Vec<float> v) {
+  typedef VectorOf<uint32_t>::type Bits;
   const Bits bits = (Bits)v;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits result = (v != v) ? rounded * 0 + 0x7fc0 : rounded;
-  const auto narrow = __builtin_convertvector(result, typename VectorOf<uint16_t, HEEDFUL_VECTOR_BYTES / 2>::type);
+  return (v != v) ? rounded * 0 + 0x7fc0 : rounded;
+}
+HEEDFUL_FN void store_as(BFloat16* p, Vec<float> v) {
+  const auto narrow =
+      __builtin_convertvector(bfloat16_bits(v), typename VectorOf<uint16_t, HEEDFUL_VECTOR_BYTES / 2>::type);
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {

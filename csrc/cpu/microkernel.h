@@ -2,7 +2,7 @@
 // A block of kRows x kVectors accumulators stays in registers for the whole sum.
 #pragma once
 
-#include "lanes.h"
+#include "pairs.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -17,32 +17,32 @@ enum class Unit { row, k };
 // sum that are added up lose far less to rounding than one long chain.
 enum class Onto { nothing, c, scaled_c };
 
-template <class C, Unit unit>
+template <class E, Unit unit>
 struct Operand {
-  const C* data;
+  const E* data;
   int64_t stride;  // of the other index
 };
 
-template <int kM, int kN, Onto onto, class C, Unit unit>
-HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t k1, const C* b, int64_t b_stride, C* c,
-                              int64_t c_stride, const C* factor) {
-  constexpr int n = kLanes<C>;
-  Vec<C> sum[kM][kN];
+template <int kM, int kN, Onto onto, class E, Unit unit>
+HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, int64_t b_stride,
+                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor) {
+  constexpr int n = kLanes<E>;
+  Vec<Sum<E>> sum[kM][kN];
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) sum[i][v] = Vec<C>{};
-  const C* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
-  const C* right = b + k0 * b_stride;
+    for (int v = 0; v < kN; ++v) sum[i][v] = Vec<Sum<E>>{};
+  const E* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
+  const E* right = b + k0 * b_stride;
   for (int64_t k = k0; k < k1; ++k) {
-    Vec<C> row[kN];
+    Vec<E> row[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
-      const Vec<C> x = broadcast<C>(unit == Unit::k ? left[i * a.stride] : left[i]);
+      const Vec<E> x = broadcast_element(unit == Unit::k ? left + i * a.stride : left + i);
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) sum[i][v] += x * row[v];
+      for (int v = 0; v < kN; ++v) sum[i][v] = multiply_add<E>(sum[i][v], x, row[v]);
     }
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
@@ -51,7 +51,7 @@ HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
-      C* to = c + (m + i) * c_stride + v * n;
+      Sum<E>* to = c + (m + i) * c_stride + v * n;
       if constexpr (onto == Onto::c) sum[i][v] += load(to);
       if constexpr (onto == Onto::scaled_c) sum[i][v] += load(to) * load(factor + v * n);
       store(to, sum[i][v]);
@@ -60,13 +60,13 @@ HEEDFUL_FN void multiply_tile(Operand<C, unit> a, int64_t m, int64_t k0, int64_t
 
 // Rows [m0, m1) of C, kN vectors wide. Rows are dealt out evenly (tiles of 5 and 6 rather than of 6 and a rest), which
 // keeps every tile near the full number of accumulators.
-template <int kN, Onto onto, class C, Unit unit, class Range>
-HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
-                               int64_t c_stride, const C* factor, const Range& range) {
+template <int kN, Onto onto, class E, Unit unit, class Range>
+HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
+                               int64_t c_stride, const Sum<E>* factor, const Range& range) {
   const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t m = m0 + (m1 - m0) * t / tiles, end = m0 + (m1 - m0) * (t + 1) / tiles;
-    const int64_t k0 = range.first(m, end), k1 = range.end(m, end);
+    const int64_t k0 = range.first(m, end) / kDepth<E>, k1 = terms<E>(range.end(m, end));
     switch (end - m) {
       case 6:
         multiply_tile<6, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
@@ -90,7 +90,7 @@ HEEDFUL_FN void multiply_panel(Operand<C, unit> a, int64_t m0, int64_t m1, const
   }
 }
 
-// The sum's limits for a tile of rows [m, end): all of it, or what a mask leaves (scores.h).
+// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h).
 struct WholeSum {
   int64_t count;
   HEEDFUL_FN int64_t first(int64_t, int64_t) const { return 0; }
@@ -98,10 +98,10 @@ struct WholeSum {
 };
 
 // Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
-template <Onto onto, class C, Unit unit, class Range>
-HEEDFUL_CALLED void multiply(Operand<C, unit> a, int64_t m0, int64_t m1, const C* b, int64_t b_stride, C* c,
-                             int64_t c_stride, int64_t lanes, const C* factor, const Range& range) {
-  constexpr int n = kLanes<C>;
+template <Onto onto, class E, Unit unit, class Range>
+HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
+                             int64_t c_stride, int64_t lanes, const Sum<E>* factor, const Range& range) {
+  constexpr int n = kLanes<E>;
   int64_t l = 0;
   for (; l + kVectors * n <= lanes; l += kVectors * n)
     multiply_panel<kVectors, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);

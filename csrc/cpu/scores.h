@@ -10,7 +10,7 @@
 #include "../score/sink.h"
 #include "../score/softcap.h"
 #include "../score/softmax.h"
-#include "tiles.h"
+#include "pairs.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -26,7 +26,7 @@ enum class InLanes { queries, keys };
 // Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
 // maximum or lse, and that loses least when it is taken before any scale. Whatever is added to scores needs them
 // scaled, a scale below 0 turns their order around, and one near 0 would push lse / scale out of range: then it is q
-// that is scaled, on loading.
+// that is scaled, on loading, or the products are.
 inline bool scales_first(const Problem& p) {
   return p.bias.data || p.scales.data || p.sinks.data || p.softcap != 0 || has_distances(p) ||
          p.similarity != Similarity::dot || p.normalizer == Normalizer::hard || !(p.scale > 1e-20);
@@ -39,10 +39,15 @@ HEEDFUL_FN C scale_of(const Problem& p, int64_t b, int64_t h) {
   return p.scales.data ? static_cast<const C*>(p.scales.data)[b * p.scales.batch_stride + h] : C(p.scale);
 }
 
-// The factor of q on loading. Hard attention scales the products instead: equal ones have to stay equal.
-template <class C>
-HEEDFUL_FN C query_scale(const Problem& p, int64_t b, int64_t h) {
-  return scales_first(p) && p.normalizer != Normalizer::hard ? scale_of<C>(p, b, h) : C(1);
+// Hard attention scales the products, as equal ones have to stay equal; so do pairs, which would round q.
+template <class E>
+HEEDFUL_FN bool scales_products(const Problem& p) {
+  return scales_first(p) && (kDepth<E> == 2 || p.normalizer == Normalizer::hard);
+}
+// The factor of q on loading.
+template <class E>
+HEEDFUL_FN Sum<E> query_scale(const Problem& p, int64_t b, int64_t h) {
+  return scales_first(p) && !scales_products<E>(p) ? scale_of<Sum<E>>(p, b, h) : Sum<E>(1);
 }
 
 // Whether the bool mask allows any pair of the tile, and whether all. Where it allows some, a few pairs tell as a rule.
@@ -82,9 +87,10 @@ inline bool find_masks(const Problem& p, Tile* t) {
 }
 
 // Whether every pair of the tile keeps the score that the product gave.
-inline bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !t.masked && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 &&
-         p.normalizer != Normalizer::hard && band.covers(t.i0, t.i1, t.j0, t.j1);
+template <class E>
+HEEDFUL_FN bool is_plain(const Problem& p, const Band& band, const Tile& t) {
+  return !t.masked && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 && !scales_products<E>(p) &&
+         band.covers(t.i0, t.i1, t.j0, t.j1);
 }
 
 // A tile's worth of what scores are made of: rows x width. Null where a feature is absent.
@@ -176,7 +182,7 @@ HEEDFUL_FN void cap_scores(C* s, int64_t stride, int64_t rows, int64_t width, C 
 
 // s[row * stride + lane] becomes the pair's score, -inf where it is absent. `width` is the tile's lanes rounded up to
 // whole vectors; row r and lane l have distances[(rows - 1 - r) + l].
-template <InLanes in_lanes, class C>
+template <InLanes in_lanes, class E, class C = Sum<E>>
 HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile& t, C* s, int64_t stride, int64_t width,
                                  const ScoreParts<C>& parts, const C* distances) {
   constexpr int n = kLanes<C>;
@@ -189,7 +195,7 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t l = 0; l < width; l += n) store(s + r * stride + l, change(load(s + r * stride + l), r, l));
   };
-  if (p.normalizer == Normalizer::hard) {
+  if (scales_products<E>(p)) {
     const Vec<C> scale = broadcast<C>(scale_of<C>(p, t.b, t.h));
     each([&](Vec<C> x, int64_t, int64_t) { return x * scale; });
   }

@@ -9,8 +9,6 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-HEEDFUL_FN int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-
 // The band of one sequence. Both ends of a query's keys rise with the query, so a block's keys follow from its ends.
 // Offsets that no one has checked may be anything: rows stay inside of memory, and within the length that Sq and Sk
 // say.

@@ -49,5 +49,6 @@ template <class T>
 HEEDFUL_FN T most(T a, T b) {
   return a < b ? b : a;
 }
+HEEDFUL_FN int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 }  // namespace heedful::HEEDFUL_TARGET

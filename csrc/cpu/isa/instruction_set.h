@@ -15,3 +15,15 @@
       {&Forward<float>::plan, &Forward<double>::plan, &Forward<BFloat16>::plan, &Forward<Float16>::plan},      \
       {&Backward<float>::plan, &Backward<double>::plan, &Backward<BFloat16>::plan, &Backward<Float16>::plan}}; \
   }
+
+// Of kernels for pairs of bfloat16 alone.
+#define HEEDFUL_PAIRS_INSTRUCTION_SET(variable, name)                                                     \
+  namespace heedful::cpu {                                                                                \
+  using namespace heedful::HEEDFUL_TARGET;                                                                \
+  const InstructionSet variable = {name,                                                                  \
+                                   HEEDFUL_VECTOR_BYTES,                                                  \
+                                   {Forward<BFloat16, Pair>::kQueries, Forward<BFloat16, Pair>::kKeys},   \
+                                   {Backward<BFloat16, Pair>::kQueries, Backward<BFloat16, Pair>::kKeys}, \
+                                   {nullptr, nullptr, &Forward<BFloat16, Pair>::plan, nullptr},           \
+                                   {nullptr, nullptr, &Backward<BFloat16, Pair>::plan, nullptr}};         \
+  }

@@ -1,0 +1,11 @@
+// The kernels for pairs of bfloat16 as isa/avx512_bf16.cpp has them, but for any machine: the compiler splits the
+// vectors, and two products stand for the one instruction.
+#define HEEDFUL_TARGET cpu::split_pairs
+#define HEEDFUL_VECTOR_BYTES 64
+#define HEEDFUL_VECTOR_REGISTERS 32
+#include "isa/instruction_set.h"
+
+namespace heedful::cpu {
+extern const InstructionSet kSplitPairs;
+}
+HEEDFUL_PAIRS_INSTRUCTION_SET(kSplitPairs, "split pairs")

@@ -1,0 +1,197 @@
+// What a product's operands are made of: numbers of the compute type, or pairs of bfloat16. A pair is two neighbours
+// along the sum in one lane; machines with an instruction for it add both of their products to a lane of float32 at
+// once.
+//
+//   sum[lane] += a.first * b[lane].first + a.second * b[lane].second
+#pragma once
+
+#include "tiles.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+struct Pair {
+  BFloat16 first, second;
+};
+template <int kBytes>
+struct VectorOf<Pair, kBytes> {
+  typedef uint32_t type __attribute__((vector_size(kBytes)));  // `first` in the low half
+  typedef uint32_t in_memory __attribute__((vector_size(kBytes), aligned(alignof(Pair)), may_alias));
+};
+
+// Numbers in one element of an operand, and the type that sums have.
+template <class E>
+constexpr int kDepth = 1;
+template <>
+inline constexpr int kDepth<Pair> = 2;
+template <class E>
+struct SumOf {
+  using type = E;
+};
+template <>
+struct SumOf<Pair> {
+  using type = float;
+};
+template <class E>
+using Sum = typename SumOf<E>::type;
+
+// Elements that hold so many numbers along the sum.
+template <class E>
+HEEDFUL_FN int64_t terms(int64_t numbers) {
+  return (numbers + kDepth<E> - 1) / kDepth<E>;
+}
+
+template <class C>
+HEEDFUL_FN Vec<C> broadcast_element(const C* p) {
+  return broadcast<C>(*p);
+}
+HEEDFUL_FN Vec<Pair> broadcast_element(const Pair* p) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return broadcast<uint32_t>(bits);
+}
+
+template <class E>
+HEEDFUL_FN Vec<Sum<E>> multiply_add(Vec<Sum<E>> sum, Vec<E> a, Vec<E> b) {
+  if constexpr (kDepth<E> == 1) {
+    return sum + a * b;
+  } else {
+#if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Vec<float>)(a & 0xffff0000) * (Vec<float>)(b & 0xffff0000);
+    return sum + (Vec<float>)(a << 16) * (Vec<float>)(b << 16);
+#endif
+  }
+}
+
+// b, but zero where its number is not present: present(0), and present(1) of a pair's second.
+template <class E, class F>
+HEEDFUL_FN Vec<E> where_present(Vec<E> b, F present) {
+  if constexpr (kDepth<E> == 1)
+    return present(0) ? b : Vec<E>{};
+  else
+    return b & ((present(0) ? 0x0000ffffu : 0u) | (present(1) ? 0xffff0000u : 0u));
+}
+// b, but zero where its number's weight is a mark: below 0.
+template <class E>
+HEEDFUL_FN Vec<E> where_unmarked(Vec<E> b, Vec<E> weight) {
+  if constexpr (kDepth<E> == 1)
+    return select(weight < Vec<E>{}, Vec<E>{}, b);
+  else
+    return b & ~(((weight >> 15) & 0x00010001) * 0xffff);
+}
+
+// ---- from rows of float32, rounded to nearest -----------------------------------------------------------------------
+
+HEEDFUL_FN Vec<Pair> join(Vec<float> first, Vec<float> second) {
+#if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
+  typedef VectorOf<uint16_t>::type Halves;
+  const auto both = (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (Vec<Pair>)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                            9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return bfloat16_bits(first) | (bfloat16_bits(second) << 16);
+#endif
+}
+
+// to[r][l] = (from[2 r][l], from[2 r + 1][l]). What an odd number of rows lacks is zero.
+HEEDFUL_CALLED void join_rows(Pair* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                              int64_t width) {
+  for (int64_t r = 0; r < rows; r += 2, to += to_stride)
+    for (int64_t l = 0; l < width; l += kLanes<float>) {
+      const float* first = from + r * from_stride + l;
+      store(to + l, join(load(first), r + 1 < rows ? load(first + from_stride) : Vec<float>{}));
+    }
+}
+
+// to[r][l] = (from[r][2 l], from[r][2 l + 1]), zero where there is no lane of `lanes`. Whole vectors are read.
+HEEDFUL_CALLED void join_lanes(Pair* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                               int64_t lanes) {
+  for (int64_t r = 0; r < rows; ++r) {
+    BFloat16* row = reinterpret_cast<BFloat16*>(to + r * to_stride);
+    for (int64_t l = 0; l < lanes; l += kLanes<float>) {
+      const Vec<float> x = load(from + r * from_stride + l);
+#if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
+      const auto rounded = _mm512_cvtneps_pbh((__m512)x);
+      __builtin_memcpy(row + l, &rounded, sizeof rounded);
+#else
+      store_as(row + l, x);
+#endif
+    }
+    if (lanes % 2) row[lanes].bits = 0;
+  }
+}
+
+// ---- from memory ----------------------------------------------------------------------------------------------------
+
+// to[r][l] = (from(2 r, l), from(2 r + 1, l)) for l < width, a multiple of the vector; zero where there is no such row,
+// or no such lane of `lanes`.
+HEEDFUL_CALLED void load_pairs(Pair* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t lanes,
+                               int64_t width) {
+  constexpr int n = kLanes<Pair>;
+  const int64_t pairs = terms<Pair>(rows);
+  const auto edge = [&](int64_t r0, int64_t r1, int64_t l0, int64_t l1) {
+    const auto at = [&](int64_t r, int64_t l) {
+      return r < rows && l < lanes ? from.data[r * from.row_stride + l * from.lane_stride] : BFloat16{0};
+    };
+    for (int64_t r = r0; r < r1; ++r)
+      for (int64_t l = l0; l < l1; ++l) to[r * to_stride + l] = {at(2 * r, l), at(2 * r + 1, l)};
+  };
+  if (from.lane_stride == 1) {
+    const int64_t whole = most<int64_t>(lanes, 0) / n * n;
+    for (int64_t r = 0; r < pairs; ++r)
+      for (int64_t l = 0; l < whole; l += n) {
+        const BFloat16* first = from.data + 2 * r * from.row_stride + l;
+        const Vec<int32_t> second = 2 * r + 1 < rows ? load_bits(first + from.row_stride) : Vec<int32_t>{};
+        store(to + r * to_stride + l, (Vec<Pair>)(load_bits(first) | (second << 16)));
+      }
+    edge(0, pairs, whole, width);
+  } else if (from.row_stride == 1) {
+    const int64_t whole = rows / 2 / n * n;
+    for (int64_t l = 0; l < width; l += n) {
+      const int64_t present = clamp(lanes - l, 0, n);
+      for (int64_t r = 0; r < whole; r += n) {
+        Vec<Pair> square[n];
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i)
+          square[i] = i < present ? load(reinterpret_cast<const Pair*>(from.data + 2 * r + (l + i) * from.lane_stride))
+                                  : Vec<Pair>{};
+        transpose<Pair>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(to + (r + i) * to_stride + l, square[i]);
+      }
+    }
+    edge(whole, pairs, 0, width);
+  } else {
+    edge(0, pairs, 0, width);
+  }
+}
+
+// A tile of rows along the sum, as an operand.
+template <class E, class S>
+HEEDFUL_FN void load_operand(E* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t lanes, int64_t width,
+                             Sum<E> scale = 1) {
+  if constexpr (kDepth<E> == 1)
+    load_tile<E>(to, to_stride, from, rows, lanes, width, scale);
+  else
+    load_pairs(to, to_stride, from, rows, lanes, width);  // the scale is 1: pairs are not rounded again
+}
+
+// Whether a row's numbers lie in memory as its pairs do.
+HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
+  return rows.stride[3] == 1 && dim % 2 == 0 && rows.stride[2] % 2 == 0;
+}
+
+// to[r][d] = (from(r, 2 d), from(r, 2 d + 1)), a pair of an odd number's with zero.
+HEEDFUL_CALLED void load_row_pairs(Pair* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t dim) {
+  constexpr int n = kLanes<Pair>;
+  const int64_t whole = from.lane_stride == 1 ? dim / 2 / n * n : 0;
+  for (int64_t r = 0; r < rows; ++r, to += to_stride) {
+    const BFloat16* row = from.data + r * from.row_stride;
+    for (int64_t d = 0; d < whole; d += n) store(to + d, load(reinterpret_cast<const Pair*>(row) + d));
+    for (int64_t d = whole; d < terms<Pair>(dim); ++d)
+      to[d] = {row[2 * d * from.lane_stride], 2 * d + 1 < dim ? row[(2 * d + 1) * from.lane_stride] : BFloat16{0}};
+  }
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
