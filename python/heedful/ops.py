@@ -154,9 +154,13 @@ def allows_tf32(q: Tensor) -> bool:
     return q.is_cuda and q.dtype is torch.float32 and _torch_allows_tf32()
 
 
-@torch.compiler.assume_constant_result  # a compiled graph is guarded by the switch
 def _torch_allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# A compiled graph is guarded by the switch. torch.compiler.assume_constant_result does no more, but imports the
+# compiler, which takes as long as torch.
+_torch_allows_tf32._dynamo_marked_constant = True
 
 
 def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
