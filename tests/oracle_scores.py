@@ -32,6 +32,8 @@ def per_kv_head(x: Tensor, heads: int) -> Tensor:
 def combine(weights: Tensor, rows: Tensor, present: Tensor) -> Tensor:
     """sum_j weights[..., i, j] * rows[..., j, :] over the present pairs alone; NaN where a term is not finite."""
     weights = weights.where(present, 0)
+    if (weights.sum() + rows.sum()).isfinite():  # then so is each of them
+        return weights @ rows
     total = weights.nan_to_num(0, 0, 0) @ rows.nan_to_num(0, 0, 0)
     spoiled = (~weights.isfinite()).any(-1, keepdim=True)
     if not rows.isfinite().all():
