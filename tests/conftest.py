@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -73,6 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
 
 
+def pytest_collection_finish() -> None:
+    """What was collected stays to the end: collections of garbage need not go through it."""
+    gc.freeze()
+
+
 def _backend_of(item: pytest.Item) -> str | None:
     return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
@@ -131,6 +137,7 @@ PRECISION: list[str] = []
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()
     lines = precision.table() if (precision := sys.modules.get("precision")) else []
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["precision"] = lines
