@@ -214,6 +214,7 @@ def test_status_1_where_the_curves_part(
     heedful_swap = heedful.swap
     monkeypatch.setattr(heedful, "swap", swap_and_spoil)
     monkeypatch.setattr(selfcheck, "run", lambda: [])
+    monkeypatch.setattr(demo, "_draw", lambda *of: [])
     assert program.main(["demo", "--steps", "2", "--characters", "1", "--out", str(tmp_path)]) == 1
     assert "FAILED  loss curves: " in capsys.readouterr().err
 
