@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 
 #include "cuda/kernels.h"
 
@@ -28,17 +29,35 @@ std::string needs(const std::string& isa) {
   return "";
 }
 
-// Why this instruction set's kernels do not run here; empty where they do.
-std::string why_not(const Problem& p, const cpu::InstructionSet& isa, const std::string& device,
-                    const Machine& machine) {
-  if (device != "cpu") return "runs on the device cpu only";
-  if (std::find(machine.cpu.begin(), machine.cpu.end(), isa.name) == machine.cpu.end())
-    return "this machine lacks " + needs(isa.name);
-  const std::string for_pairs = "avx512_bf16";
-  // What they leave is done by the next ones, whichever of the two is forced.
-  const bool next = isa.name == std::string("avx512") && machine.forced == for_pairs;
-  if (!machine.forced.empty() && machine.forced != isa.name && !next) return "HEEDFUL_CPU_ISA=" + machine.forced;
-  return isa.name == for_pairs ? why_no_pairs(p) : "";
+// Whether the kernels of an instruction set take a problem. Every call asks, so words are left for those who want them.
+enum class Refusal { none, device, machine, forced, problem };
+
+Refusal refusal_of(const Problem& p, const cpu::InstructionSet& isa, const std::string& device,
+                   const Machine& machine) {
+  if (device != "cpu") return Refusal::device;
+  if (std::find(machine.cpu.begin(), machine.cpu.end(), isa.name) == machine.cpu.end()) return Refusal::machine;
+  // What the kernels for pairs leave is done by those of the same machine, whichever of the two is forced.
+  const bool forced = machine.forced.empty() || machine.forced == isa.name ||
+                      (isa.name == std::string_view("avx512") && machine.forced == "avx512_bf16");
+  if (!forced) return Refusal::forced;
+  return isa.name == std::string_view("avx512_bf16") && why_no_pairs(p) ? Refusal::problem : Refusal::none;
+}
+
+std::string in_words(Refusal refusal, const Problem& p, const cpu::InstructionSet& isa, const Machine& machine,
+                     const std::string& what_runs) {
+  switch (refusal) {
+    case Refusal::device:
+      return "runs on the device cpu only";
+    case Refusal::machine:
+      return "this machine lacks " + needs(isa.name);
+    case Refusal::forced:
+      return "HEEDFUL_CPU_ISA=" + machine.forced;
+    case Refusal::problem:
+      return why_no_pairs(p);
+    case Refusal::none:
+      break;
+  }
+  return what_runs + " runs";
 }
 
 // Why none of CUDA's kernels runs here; empty where one does.
@@ -101,12 +120,12 @@ void select_cuda(const Problem& p, const Machine& machine, bool explain, Selecti
 
 // Pairs cannot hold what is computed from q and k, nor a scale that varies; and hard attention's scores are those of
 // exact products.
-std::string why_no_pairs(const Problem& p) {
+const char* why_no_pairs(const Problem& p) {
   if (p.dtype != DType::bf16) return "takes bfloat16 alone";
   if (p.similarity != Similarity::dot) return "takes dot products alone";
   if (p.normalizer == Normalizer::hard) return "leaves hard attention to other kernels";
   if (p.scales.data) return "takes one scale for all heads";
-  return "";
+  return nullptr;
 }
 
 const std::vector<const cpu::InstructionSet*>& instruction_sets() {
@@ -139,20 +158,14 @@ Selection select(const Problem& p, const std::string& device, const Machine& mac
     select_cuda(p, machine, explain, selection);
     if (!explain && !selection.kernel.empty()) return selection;
   }
-  for (const auto* isa : instruction_sets()) {
-    std::string reason = why_not(p, *isa, device, machine);
-    if (reason.empty() && !selection.cpu) {
-      selection.cpu = isa;
-      selection.kernel = selection.backward = std::string("cpu/") + isa->name;
-      if (!explain) {
-        selection.rejected.clear();
-        break;
-      }
-    } else {
-      selection.rejected.emplace_back(std::string("cpu/") + isa->name,
-                                      reason.empty() ? selection.kernel + " runs" : std::move(reason));
-    }
-  }
+  for (const auto* isa : instruction_sets())
+    if (!selection.cpu && refusal_of(p, *isa, device, machine) == Refusal::none) selection.cpu = isa;
+  if (selection.cpu) selection.kernel = selection.backward = std::string("cpu/") + selection.cpu->name;
+  if (selection.cpu && !explain) return selection;
+  for (const auto* isa : instruction_sets())
+    if (isa != selection.cpu)
+      selection.rejected.emplace_back(std::string("cpu/") + isa->name, in_words(refusal_of(p, *isa, device, machine), p,
+                                                                                *isa, machine, selection.kernel));
   return selection;
 }
 
