@@ -1,12 +1,11 @@
-// The schemas of the operators. What the arguments mean stands in python/heedful/definition.py. All of them may come by
-// position: torch makes a string of the name of each argument that does not, which in sum takes longer than the rest.
+// The schemas of the operators. What the arguments mean stands in python/heedful/definition.py.
 #pragma once
 
 #define HEEDFUL_TENSORS                                                                                      \
   "Tensor? bias=None, Tensor? scales=None, Tensor? sinks=None, Tensor? slopes=None, Tensor? table=None, "    \
   "Tensor? buckets=None, Tensor? mask=None, Tensor? tiles=None, Tensor? bits=None, Tensor? q_lengths=None, " \
   "Tensor? k_lengths=None, Tensor? q_starts=None, Tensor? q_offsets=None, Tensor? k_offsets=None, "          \
-  "Tensor? seed=None, "
+  "Tensor? seed=None, *, "
 #define HEEDFUL_OPTIONS                                                                            \
   "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, "    \
   "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0, int dropout_batch=0, " \

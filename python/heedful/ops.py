@@ -73,48 +73,14 @@ def no_gpu() -> str:
     return ""
 
 
-Tensors = tuple[Tensor | None, ...]
-Options = dict[str, Any]
-
 _forward_op = torch.ops.heedful.attention_forward.default
 _backward_op = torch.ops.heedful.attention_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 OTHERS = TENSORS[3:]  # than q, k, v
-GRADS = dict.fromkeys((f"{name}_grad" for name in PARAMETERS), False)
 
-
-class _Signature:
-    """An operator's arguments, of which tensors come first."""
-
-    def __init__(self, tensors: Sequence[str], options: Options) -> None:
-        self.tensors, self.options = tensors, options
-        self.defaults = (*(None for _ in tensors), *options.values())
-        self.places = {name: place for place, name in enumerate((*tensors, *options))}
-
-    def by_position(self, *first: Tensor | None, **arguments: Any) -> list[Any]:
-        """All arguments in order, which torch takes fastest."""
-        values = [*first, *self.defaults[len(first) :]]
-        for name, x in arguments.items():
-            values[self.places[name]] = x
-        return values
-
-    def by_name(self, inputs: Sequence[Any]) -> tuple[Tensors, Options]:
-        """The tensors, and the options that follow them, of as many arguments as there are."""
-        count = len(self.tensors)
-        return tuple(inputs[:count]), dict(zip(self.options, inputs[count:]))
-
-    def taking_names(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """function(*tensors, **options), for torch to call with options by position."""
-
-        def call(*inputs: Any, **arguments: Any) -> Any:
-            tensors, options = self.by_name(inputs)
-            return function(*tensors, **options, **arguments)
-
-        return call
-
-
-_FORWARD, _BACKWARD = _Signature(TENSORS, OPTIONS), _Signature(BACKWARD_TENSORS, OPTIONS | GRADS)
+Tensors = tuple[Tensor | None, ...]
+Options = dict[str, Any]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -144,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         others = [arguments.pop(name, None) for name in OTHERS]
         return _Forward.apply(q, k, v, *others, arguments)
     with _below_autograd():
-        return _forward_op(*_FORWARD.by_position(q, k, v, **arguments))
+        return _forward_op(q, k, v, **arguments)
 
 
 def allows_tf32(q: Tensor) -> bool:
@@ -173,7 +139,7 @@ def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return _Backward.apply(*_all_of(BACKWARD_TENSORS, tensors), options)
     with _below_autograd():
-        return _backward_op(*_BACKWARD.by_position(*tensors, **options))
+        return _backward_op(*tensors, **options)
 
 
 def _transformed() -> bool:
@@ -240,19 +206,19 @@ def _all_of(names: Sequence[str], tensors: Tensors) -> Tensors:
 # ---- gradients and tangents
 
 
-def _save(ctx: FunctionCtx, tensors: Tensors, options: Options, output: Tensors) -> None:
-    ctx.save_for_backward(*tensors, *output)
-    ctx.save_for_forward(*tensors, *output)
-    ctx.options = options
+def _save(ctx: FunctionCtx, inputs: Tensors, keyword_only_inputs: Options, output: Tensors) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_forward(*inputs, *output)
+    ctx.options = keyword_only_inputs
     ctx.set_materialize_grads(False)
 
 
 def _forward_backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
-    """Gradients of attention_forward's arguments."""
+    """Gradients of the tensors of TENSORS."""
     *tensors, out, lse = ctx.saved_tensors
     wanted = [n for n, x, w in zip(PARAMETERS, tensors[3:], ctx.needs_input_grad[3:]) if x is not None and w]
     grads = _gradients(dout, dlse, tensors, out, lse, ctx.options, wanted)
-    return *grads, *(None for _ in range(len(_FORWARD.defaults) - len(grads)))
+    return *grads, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
 
 
 def _gradients(
@@ -272,14 +238,13 @@ def _gradients(
 
 
 def _backward_backward(ctx: FunctionCtx, *ggrads: Tensor | None) -> Tensors:
-    """Gradients of attention_backward's arguments; those of out and lse are part of those of q, k, v and so on."""
+    """Gradients of the tensors of BACKWARD_TENSORS; those of out and lse are part of those of q, k, v and so on."""
     tensors, options, dout, dlse = _call_of_backward(ctx.saved_tensors, ctx.options)
     ggrads = _materialize(dict(zip(DIFFERENTIABLE, ggrads)), tensors)
     gdout, gdlse, gq, gk, gv, *others = composite.backward_backward(tensors, options, dout, dlse, ggrads)
     if ctx.saved_tensors[1] is None:
         gdlse = None
-    grads = gdout, gdlse, gq, gk, gv, None, None, *others
-    return *grads, *(None for _ in range(len(_BACKWARD.defaults) - len(grads)))
+    return gdout, gdlse, gq, gk, gv, None, None, *others, *(None for _ in range(len(TENSORS) - len(DIFFERENTIABLE)))
 
 
 def _call_of_backward(saved: Tensors, options: Options) -> tuple[dict[str, Tensor | None], Options, Tensor, Tensor]:
@@ -309,7 +274,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, arguments: Options, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Tensors:
         with _below_autograd():
-            out, lse = _forward_op(*_FORWARD.by_position(q, k, v, **arguments))
+            out, lse = _forward_op(q, k, v, **arguments)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.options, ctx.names = arguments, ()
         if tensors:
@@ -426,14 +391,13 @@ class _Reverse(torch.library.Library):
     """Registers gradients that refuse forward mode, where they would silently give tangents of zero."""
 
     def impl(self, op_name: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
-        def refuse_tangents(keyset: Any, *inputs: Any) -> Any:
+        def refuse_tangents(keyset: Any, *tensors: Tensor | None, **options: Any) -> Any:
             if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
-                tensors = (x for x in inputs if isinstance(x, Tensor))
-                if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+                if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
                     raise NotImplementedError(
                         f"torch.ops.heedful.{op_name} has no forward mode when called directly: use heedful.attention"
                     )
-            return fn(keyset, *inputs)
+            return fn(keyset, *tensors, **options)
 
         return super().impl(op_name, refuse_tangents, *args, **kwargs)
 
@@ -442,24 +406,26 @@ def _register() -> tuple[torch.library.Library, ...]:
     """Registers all of the above; it lasts as long as what is returned."""
     library, reverse = torch.library.Library("heedful", "IMPL"), _Reverse("heedful", "IMPL")
     rules = (
-        ("heedful::attention_forward", _forward_op, _FORWARD, _forward_fake, _forward_backward, vmap.forward),
-        ("heedful::attention_backward", _backward_op, _BACKWARD, _backward_fake, _backward_backward, vmap.backward),
+        ("heedful::attention_forward", _forward_op, TENSORS, _forward_fake, _forward_backward, vmap.forward),
+        (
+            "heedful::attention_backward",
+            _backward_op,
+            BACKWARD_TENSORS,
+            _backward_fake,
+            _backward_backward,
+            vmap.backward,
+        ),
     )
-    for name, op, signature, fake, gradient, fold in rules:
+    for name, op, names, fake, gradient, fold in rules:
 
-        def save(ctx: FunctionCtx, inputs: tuple, output: Tensors, signature=signature) -> None:
-            _save(ctx, *signature.by_name(inputs), output)
-
-        def by_vmap(info: Any, dims: tuple, *inputs: Any, op=op, signature=signature, fold=fold) -> tuple:
-            names, (tensors, options) = signature.tensors, signature.by_name(inputs)
-            dims = dims[: len(names)]
+        def by_vmap(info: Any, dims: tuple, *tensors: Any, op=op, names=names, fold=fold, **options: Any) -> tuple:
             return fold(op, info.batch_size, _all_of(names, dims), _all_of(names, tensors), options)
 
-        torch.library.register_fake(name, signature.taking_names(fake), lib=library)
-        torch.library.register_autograd(name, gradient, setup_context=save, lib=reverse)
+        torch.library.register_fake(name, fake, lib=library)
+        torch.library.register_autograd(name, gradient, setup_context=_save, lib=reverse)
         torch.library.register_vmap(name, by_vmap, lib=library)
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        library.impl("attention_forward", _FORWARD.taking_names(_autocast_on(device_type)), key)
+        library.impl("attention_forward", _autocast_on(device_type), key)
     return library, reverse
 
 
