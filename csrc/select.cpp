@@ -35,12 +35,16 @@ enum class Refusal { none, device, machine, forced, problem };
 Refusal refusal_of(const Problem& p, const cpu::InstructionSet& isa, const std::string& device,
                    const Machine& machine) {
   if (device != "cpu") return Refusal::device;
-  if (std::find(machine.cpu.begin(), machine.cpu.end(), isa.name) == machine.cpu.end()) return Refusal::machine;
+  const auto has = [&](std::string_view name) {
+    return std::find(machine.cpu.begin(), machine.cpu.end(), name) != machine.cpu.end();
+  };
+  if (!has(isa.name)) return Refusal::machine;
   // What the kernels for pairs leave is done by those of the same machine, whichever of the two is forced.
-  const bool forced = machine.forced.empty() || machine.forced == isa.name ||
-                      (isa.name == std::string_view("avx512") && machine.forced == "avx512_bf16");
+  const bool forced =
+      machine.forced.empty() || machine.forced == isa.name ||
+      (isa.name == std::string_view("avx512") && machine.forced == "avx512_bf16" && has(machine.forced));
   if (!forced) return Refusal::forced;
-  return isa.name == std::string_view("avx512_bf16") && why_no_pairs(p) ? Refusal::problem : Refusal::none;
+  return isa.name == std::string_view("avx512_bf16") && why_not_bf16(p) ? Refusal::problem : Refusal::none;
 }
 
 std::string in_words(Refusal refusal, const Problem& p, const cpu::InstructionSet& isa, const Machine& machine,
@@ -53,7 +57,7 @@ std::string in_words(Refusal refusal, const Problem& p, const cpu::InstructionSe
     case Refusal::forced:
       return "HEEDFUL_CPU_ISA=" + machine.forced;
     case Refusal::problem:
-      return why_no_pairs(p);
+      return why_not_bf16(p);
     case Refusal::none:
       break;
   }
@@ -120,7 +124,7 @@ void select_cuda(const Problem& p, const Machine& machine, bool explain, Selecti
 
 // Pairs cannot hold what is computed from q and k, nor a scale that varies; and hard attention's scores are those of
 // exact products.
-const char* why_no_pairs(const Problem& p) {
+const char* why_not_bf16(const Problem& p) {
   if (p.dtype != DType::bf16) return "takes bfloat16 alone";
   if (p.similarity != Similarity::dot) return "takes dot products alone";
   if (p.normalizer == Normalizer::hard) return "leaves hard attention to other kernels";

@@ -36,7 +36,7 @@ HEEDFUL_EXPORT Selection select(const Problem& problem, const std::string& devic
 HEEDFUL_EXPORT const std::vector<const cpu::InstructionSet*>& instruction_sets();
 
 // Why the kernels for pairs of bfloat16 leave a problem to those for numbers; null where they take it.
-const char* why_no_pairs(const Problem& problem);
+const char* why_not_bf16(const Problem& problem);
 
 // Raises with every reason why no kernel runs.
 [[noreturn]] HEEDFUL_EXPORT void raise_unsupported(const std::string& device, const Selection& selection);

@@ -19,7 +19,7 @@ CUDA, EMULATED = "cuda", "cuda-emulated"
 # Each machine runs those up to its own capability. The last one has kernels of bfloat16 alone; the others are the one's
 # before it.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
-PAIRS = "cpu-avx512_bf16"
+BF16 = "cpu-avx512_bf16"
 BACKENDS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), EMULATED, CUDA)
 
 # The CUDA kernels' operators on the CPU (CMakeLists.txt, HEEDFUL_EMULATED_TEST), which no wheel has.

@@ -14,10 +14,10 @@ import torch
 
 from backends import (
     BACKENDS,
+    BF16,
     CUDA,
     EMULATED,
     MOST_EMULATED_SECONDS,
-    PAIRS,
     Backend,
     emulated_operators,
     emulated_seconds,
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = () if config.option.collectonly else MISSING
 
     def suits(item: pytest.Item) -> bool:
-        return _backend_of(item) not in missing and _suits_emulator(item) and _suits_pairs(item)
+        return _backend_of(item) not in missing and _suits_emulator(item) and _suits_bf16(item)
 
     dropped = [item for item in items if not suits(item)]
     if dropped:
@@ -101,8 +101,8 @@ def _suits_emulator(item: pytest.Item) -> bool:
     return case is None or emulated_seconds(case, parameters.get("dtype", torch.float32)) <= MOST_EMULATED_SECONDS
 
 
-def _suits_pairs(item: pytest.Item) -> bool:
-    return _backend_of(item) != PAIRS or item.callspec.params.get("dtype", torch.bfloat16) is torch.bfloat16
+def _suits_bf16(item: pytest.Item) -> bool:
+    return _backend_of(item) != BF16 or item.callspec.params.get("dtype", torch.bfloat16) is torch.bfloat16
 
 
 @pytest.fixture

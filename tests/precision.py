@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends import PAIRS
+from backends import BF16
 from cases import PARAMETERS, Case, Problem, build, causal, definition_results, packed, short
 from oracle_scores import seen_pairs
 from table import FEATURES, TOGETHER
@@ -23,7 +23,7 @@ MEANS_AT_MOST = {torch.float32: 1.75, torch.bfloat16: 1.0, torch.float16: 1.0}
 LARGEST_AT_MOST = {torch.float32: 3.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 # Kernels for pairs of bfloat16 round P and dS for their products, as torch's fused kernel does; beside it they keep the
 # rule but for noise. The other peers multiply in float32.
-PAIRS_MEAN_AT_MOST, PAIRS_FUSED_MEAN_AT_MOST = 1.3, 1.02
+BF16_MEAN_AT_MOST, BF16_FUSED_MEAN_AT_MOST = 1.3, 1.02
 # A head's parameters have one gradient, the sum over all pairs. The op's backward starts from an out that is rounded
 # to the inputs' dtype, and their peer, the definition, from one that is not: these sums show it.
 SUMS = ("dscales", "dsinks", "dslopes", "dtable")
@@ -176,7 +176,7 @@ def geometric_means(backend: str, dtype: str, cases: tuple[Case, ...] = ()) -> d
 def mean_at_most(kind: str, dtype: torch.dtype, backend: str) -> float:
     if kind in SUMS:
         return SUMS_MEAN_AT_MOST
-    return PAIRS_MEAN_AT_MOST if backend == PAIRS else MEANS_AT_MOST[dtype]
+    return BF16_MEAN_AT_MOST if backend == BF16 else MEANS_AT_MOST[dtype]
 
 
 def table() -> list[str]:

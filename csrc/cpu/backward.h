@@ -9,8 +9,8 @@
 // (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of
 // parameters.
 //
-// The products' operands are numbers of the compute type, or pairs of bfloat16 (pairs.h) along each product's sum: q,
-// dO and dS are then there twice.
+// The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
+// q, dO and dS are then there twice.
 //
 // Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
 // from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
@@ -53,7 +53,7 @@ template <class S, class E = Compute<S>>
 struct Backward {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
-  static constexpr bool kPairs = kDepth<E> == 2;
+  static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   static constexpr int64_t kQueries = 64, kKeys = 128;
   static constexpr int64_t kRowsPerTask = 256;  // of phases 1 and 3
 
@@ -84,7 +84,7 @@ struct Backward {
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
   // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
-  static bool scales_k(const Problem& p) { return !kPairs && !defers_scale(p); }
+  static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
 
   static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
@@ -116,7 +116,8 @@ struct Backward {
   static int64_t row_tasks(const Problem& p) { return p.B * p.Hq * row_tasks_per_head(p); }
 
   static void plan(const Problem& p, Plan* plan) {
-    if (p.normalizer == Normalizer::hard) return HardBackward<S>::plan(p, plan);
+    if constexpr (!kBFloat16x2)  // which leave it to others
+      if (p.normalizer == Normalizer::hard) return HardBackward<S>::plan(p, plan);
     Workspace w;
     Scratch s;
     int& count = plan->phase_count;
@@ -210,7 +211,7 @@ struct Backward {
     s->dout = carve.take<E>(terms<E>(queries) * padded<C>(p.Dv));
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
-    if constexpr (kPairs) {
+    if constexpr (kBFloat16x2) {
       s->q_rows = carve.take<E>(queries * terms<E>(padded<C>(dim)));
       s->dout_rows = carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
       s->weights = carve.take<E>(terms<E>(queries) * keys);
@@ -318,7 +319,7 @@ struct Backward {
         pull_back(p, Role::key, s.dk + j * dk_stride, s.row);
       }
     store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D,
-                  scales_first(p) && !kPairs ? C(1) : C(p.scale));
+                  scales_first(p) && !kBFloat16x2 ? C(1) : C(p.scale));
     store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
   }
 
@@ -345,7 +346,7 @@ struct Backward {
     load_operand(s.q, d, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1));
     embed_rows(p, Role::query, s.q, d, queries, scale);
     load_operand(s.dout, dv, dout, queries, p.Dv, dv);
-    if constexpr (kPairs) {
+    if constexpr (kBFloat16x2) {
       load_row_pairs(s.q_rows, terms<E>(d), q, queries, p.D);
       load_row_pairs(s.dout_rows, terms<E>(dv), dout, queries, p.Dv);
     }
@@ -360,7 +361,7 @@ struct Backward {
 
     if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
 
-    if constexpr (kPairs) {
+    if constexpr (kBFloat16x2) {
       join_rows(s.weights, stride, s.p, stride, queries, padded<C>(keys));
       join_rows(s.grads, stride, s.ds, stride, queries, padded<C>(keys));
       join_lanes(s.grad_rows, terms<E>(stride), s.ds, stride, queries, keys);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../score/similarity.h"
-#include "pairs.h"
+#include "operands.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -32,7 +32,7 @@ HEEDFUL_CALLED void embed_lanes(const Problem& p, Role role, C* x, int64_t width
   }
 }
 
-HEEDFUL_FN void embed_lanes(const Problem&, Role, Pair*, int64_t, float) {}
+HEEDFUL_FN void embed_lanes(const Problem&, Role, BFloat16x2*, int64_t, float) {}
 
 // The sum of a row's products, in the order of memory.
 template <class C>
@@ -63,7 +63,7 @@ HEEDFUL_CALLED void embed_rows(const Problem& p, Role role, C* x, int64_t stride
   }
 }
 
-HEEDFUL_FN void embed_rows(const Problem&, Role, Pair*, int64_t, int64_t, float) {}
+HEEDFUL_FN void embed_rows(const Problem&, Role, BFloat16x2*, int64_t, int64_t, float) {}
 
 // g: the gradient of an embedded row; its first D numbers become that of the row x it was made from. A row that took
 // part in nothing has no gradient, whatever its own numbers are.

@@ -7,8 +7,8 @@
 // The block's lanes are split into panels of kVectors vectors (the last ones of a single vector); a panel keeps its own
 // state and goes over a key block on its own, while the key block stays in the cache for all of them.
 //
-// The products' operands are numbers of the compute type, or pairs of bfloat16 (pairs.h): of D in the first product, of
-// keys in the second.
+// The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
+// of keys in the second.
 #pragma once
 
 #include "decode.h"
@@ -23,7 +23,7 @@ template <class S, class E = Compute<S>>
 struct Forward {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
-  static constexpr bool kPairs = kDepth<E> == 2;
+  static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache. Those of
   // pairs are half as large.
   static constexpr int64_t kQueries = 64, kKeys = 128 * kDepth<E>;
@@ -45,7 +45,7 @@ struct Forward {
     s->maximum = carve.take<C>(lanes);
     s->sum = carve.take<C>(lanes);
     s->scores = carve.take<C>(keys * panel);
-    if constexpr (kPairs) {
+    if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
       s->v = carve.take<E>(terms<E>(keys) * padded<C>(p.Dv));
@@ -64,7 +64,7 @@ struct Forward {
     return sizeof(S) * kDepth<E> == sizeof(E) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
   }
   static bool k_in_place(const Problem& p) {
-    return in_place(p.k, p.D) && p.similarity == Similarity::dot && (!kPairs || lie_in_pairs(p.k, p.D));
+    return in_place(p.k, p.D) && p.similarity == Similarity::dot && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
   }
 
   // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
@@ -144,8 +144,8 @@ struct Forward {
   // Keys [j0, j1): elements along each row.
   Rows<E> key_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.k, j0);
-    if constexpr (kPairs) {
-      if (!s.k) return {reinterpret_cast<const Pair*>(from.data), from.row_stride / 2};
+    if constexpr (kBFloat16x2) {
+      if (!s.k) return {reinterpret_cast<const BFloat16x2*>(from.data), from.row_stride / 2};
       load_row_pairs(s.k, terms<E>(p.D), from, j1 - j0, p.D);
       return {s.k, terms<E>(p.D)};
     } else {
@@ -158,7 +158,7 @@ struct Forward {
   Rows<E> value_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.v, j0);
     const int64_t width = padded<C>(p.Dv);
-    if constexpr (kPairs) {
+    if constexpr (kBFloat16x2) {
       load_pairs(s.v, width, from, j1 - j0, p.Dv, width);
       return {s.v, width};
     } else {
@@ -176,7 +176,7 @@ struct Forward {
     }
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0) return;
-    // Which keys make a pair must not depend on the block.
+    // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
     const auto first_key_of = [&](int64_t i) { return band.first_key(i) / kDepth<E> * kDepth<E>; };
     const int64_t first_key = first_key_of(i0), end_key = band.end_key(last);
     const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
@@ -193,7 +193,8 @@ struct Forward {
         const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
         Tile tile = block;
-        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)), tile.j1 = least(j1, band.end_key(end - 1));
+        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)),
+        tile.j1 = least(j1, terms<E>(band.end_key(end - 1)) * kDepth<E>);
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), l,
                                     {k.data + (tile.j0 - j0) * k.stride, k.stride},
@@ -226,7 +227,7 @@ struct Forward {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
     }
-    if constexpr (kPairs) join_rows(s.weights, width, s.scores, width, keys, width);
+    if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     C* out = s.out + l * p.Dv;
     if (careful)
       add_values_carefully<kN>(keys, v, out, rescale);

@@ -91,6 +91,12 @@ struct Array {
     return wide;
   }
 
+  // One row of each head.
+  void set_row(int64_t batch, int64_t row, double value) {
+    for (int64_t h = 0; h < shape[1]; ++h)
+      for (int64_t d = 0; d < shape[3]; ++d) set({batch, h, row, d}, value);
+  }
+
  private:
   size_t offset(const Shape& at) const {
     return size_t(at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2] + at[3] * stride[3]) * width();
@@ -211,7 +217,7 @@ struct Call {
     if (c.dropout > 0) seeds.resize(one_in(2) ? size_t(c.B) : 1);
     for (auto& x : seeds) x = int64_t(random_bits());
     if (c.zero_rows)
-      for (Array* x : {&q, &k}) set_row(*x, 0, 0, 0);
+      for (Array* x : {&q, &k}) x->set_row(0, 0, 0);
     if (c.poison) poison();
   }
 
@@ -295,10 +301,6 @@ struct Call {
       x.set(at, c.hard ? std::nearbyint(2 * number) / 2 : number);
     });
   }
-  static void set_row(Array& x, int64_t batch, int64_t row, double value) {
-    for (int64_t h = 0; h < x.shape[1]; ++h)
-      for (int64_t d = 0; d < x.shape[3]; ++d) x.set({batch, h, row, d}, value);
-  }
   // Rows past a length and outside every sequence; and the first query and key of each, which the mask then forbids, or
   // the bias.
   void poison() {
@@ -313,7 +315,7 @@ struct Call {
               const int64_t end = c.packed ? offsets[size_t(b) + 1] : rows, i = row - first;
               exists |= i >= !first_exists && row < end && (lengths.empty() || i < lengths[size_t(b)]);
             }
-            if (!exists) set_row(*x, batch, row, NAN);
+            if (!exists) x->set_row(batch, row, NAN);
           }
     };
     for (size_t x = 0; x < mask.size(); ++x)

@@ -236,7 +236,7 @@ HEEDFUL_FN Vec<uint64_t> multiply_low(Vec<uint64_t> a, uint32_t b) {
   return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(__SSE2__) && HEEDFUL_VECTOR_BYTES == 16
   return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && HEEDFUL_VECTOR_BYTES == 16
   return (Vec<uint64_t>)vmull_n_u32(vmovn_u64((uint64x2_t)a), b);
 #else
   return (a & 0xffffffff) * b;
@@ -288,7 +288,7 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
   for (unsigned i = 0; i < sizeof(Vec<float>) / 32; ++i)
     result.parts[i] = (Eight)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
   return result.whole;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && HEEDFUL_VECTOR_BYTES == 16
   return (Vec<float>)vcvt_f32_f16(vld1_f16((const float16_t*)p));
 #else
   // Exponents move from bias 15 to 127 by a product with 2^112, which makes subnormals normal; 31 means infinity or
@@ -381,7 +381,7 @@ HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
   } source = {v};
   for (unsigned i = 0; i < sizeof(Vec<float>) / 32; ++i)
     _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)source.parts[i], _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && HEEDFUL_VECTOR_BYTES == 16
   vst1_f16((float16_t*)p, vcvt_f16_f32((float32x4_t)v));
 #else
   for (int i = 0; i < kLanes<float>; ++i) from_compute(v[i], p + i);

@@ -2,7 +2,7 @@
 // A block of kRows x kVectors accumulators stays in registers for the whole sum.
 #pragma once
 
-#include "pairs.h"
+#include "operands.h"
 
 namespace heedful::HEEDFUL_TARGET {
 

@@ -10,7 +10,7 @@
 #include "../score/sink.h"
 #include "../score/softcap.h"
 #include "../score/softmax.h"
-#include "pairs.h"
+#include "operands.h"
 
 namespace heedful::HEEDFUL_TARGET {
 

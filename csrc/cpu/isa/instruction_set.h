@@ -17,13 +17,13 @@
   }
 
 // Of kernels for pairs of bfloat16 alone.
-#define HEEDFUL_PAIRS_INSTRUCTION_SET(variable, name)                                                     \
-  namespace heedful::cpu {                                                                                \
-  using namespace heedful::HEEDFUL_TARGET;                                                                \
-  const InstructionSet variable = {name,                                                                  \
-                                   HEEDFUL_VECTOR_BYTES,                                                  \
-                                   {Forward<BFloat16, Pair>::kQueries, Forward<BFloat16, Pair>::kKeys},   \
-                                   {Backward<BFloat16, Pair>::kQueries, Backward<BFloat16, Pair>::kKeys}, \
-                                   {nullptr, nullptr, &Forward<BFloat16, Pair>::plan, nullptr},           \
-                                   {nullptr, nullptr, &Backward<BFloat16, Pair>::plan, nullptr}};         \
+#define HEEDFUL_BF16_INSTRUCTION_SET(variable, name)                                                                  \
+  namespace heedful::cpu {                                                                                            \
+  using namespace heedful::HEEDFUL_TARGET;                                                                            \
+  const InstructionSet variable = {name,                                                                              \
+                                   HEEDFUL_VECTOR_BYTES,                                                              \
+                                   {Forward<BFloat16, BFloat16x2>::kQueries, Forward<BFloat16, BFloat16x2>::kKeys},   \
+                                   {Backward<BFloat16, BFloat16x2>::kQueries, Backward<BFloat16, BFloat16x2>::kKeys}, \
+                                   {nullptr, nullptr, &Forward<BFloat16, BFloat16x2>::plan, nullptr},                 \
+                                   {nullptr, nullptr, &Backward<BFloat16, BFloat16x2>::plan, nullptr}};               \
   }

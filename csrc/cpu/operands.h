@@ -9,26 +9,26 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-struct Pair {
+struct BFloat16x2 {
   BFloat16 first, second;
 };
 template <int kBytes>
-struct VectorOf<Pair, kBytes> {
+struct VectorOf<BFloat16x2, kBytes> {
   typedef uint32_t type __attribute__((vector_size(kBytes)));  // `first` in the low half
-  typedef uint32_t in_memory __attribute__((vector_size(kBytes), aligned(alignof(Pair)), may_alias));
+  typedef uint32_t in_memory __attribute__((vector_size(kBytes), aligned(alignof(BFloat16x2)), may_alias));
 };
 
 // Numbers in one element of an operand, and the type that sums have.
 template <class E>
 constexpr int kDepth = 1;
 template <>
-inline constexpr int kDepth<Pair> = 2;
+inline constexpr int kDepth<BFloat16x2> = 2;
 template <class E>
 struct SumOf {
   using type = E;
 };
 template <>
-struct SumOf<Pair> {
+struct SumOf<BFloat16x2> {
   using type = float;
 };
 template <class E>
@@ -44,7 +44,7 @@ template <class C>
 HEEDFUL_FN Vec<C> broadcast_element(const C* p) {
   return broadcast<C>(*p);
 }
-HEEDFUL_FN Vec<Pair> broadcast_element(const Pair* p) {
+HEEDFUL_FN Vec<BFloat16x2> broadcast_element(const BFloat16x2* p) {
   uint32_t bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return broadcast<uint32_t>(bits);
@@ -83,19 +83,19 @@ HEEDFUL_FN Vec<E> where_unmarked(Vec<E> b, Vec<E> weight) {
 
 // ---- from rows of float32, rounded to nearest -----------------------------------------------------------------------
 
-HEEDFUL_FN Vec<Pair> join(Vec<float> first, Vec<float> second) {
+HEEDFUL_FN Vec<BFloat16x2> join(Vec<float> first, Vec<float> second) {
 #if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
   typedef VectorOf<uint16_t>::type Halves;
   const auto both = (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  return (Vec<Pair>)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
-                                            9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (Vec<BFloat16x2>)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #else
   return bfloat16_bits(first) | (bfloat16_bits(second) << 16);
 #endif
 }
 
 // to[r][l] = (from[2 r][l], from[2 r + 1][l]). What an odd number of rows lacks is zero.
-HEEDFUL_CALLED void join_rows(Pair* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+HEEDFUL_CALLED void join_rows(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                               int64_t width) {
   for (int64_t r = 0; r < rows; r += 2, to += to_stride)
     for (int64_t l = 0; l < width; l += kLanes<float>) {
@@ -105,7 +105,7 @@ HEEDFUL_CALLED void join_rows(Pair* to, int64_t to_stride, const float* from, in
 }
 
 // to[r][l] = (from[r][2 l], from[r][2 l + 1]), zero where there is no lane of `lanes`. Whole vectors are read.
-HEEDFUL_CALLED void join_lanes(Pair* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+HEEDFUL_CALLED void join_lanes(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                                int64_t lanes) {
   for (int64_t r = 0; r < rows; ++r) {
     BFloat16* row = reinterpret_cast<BFloat16*>(to + r * to_stride);
@@ -126,42 +126,49 @@ HEEDFUL_CALLED void join_lanes(Pair* to, int64_t to_stride, const float* from, i
 
 // to[r][l] = (from(2 r, l), from(2 r + 1, l)) for l < width, a multiple of the vector; zero where there is no such row,
 // or no such lane of `lanes`.
-HEEDFUL_CALLED void load_pairs(Pair* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t lanes,
+HEEDFUL_CALLED void load_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t lanes,
                                int64_t width) {
-  constexpr int n = kLanes<Pair>;
-  const int64_t pairs = terms<Pair>(rows);
+  constexpr int n = kLanes<BFloat16x2>;
+  const int64_t pairs = terms<BFloat16x2>(rows);
+  const auto at = [&](int64_t r, int64_t l) {
+    return r < rows && l < lanes ? from.data[r * from.row_stride + l * from.lane_stride] : BFloat16{0};
+  };
   const auto edge = [&](int64_t r0, int64_t r1, int64_t l0, int64_t l1) {
-    const auto at = [&](int64_t r, int64_t l) {
-      return r < rows && l < lanes ? from.data[r * from.row_stride + l * from.lane_stride] : BFloat16{0};
-    };
     for (int64_t r = r0; r < r1; ++r)
       for (int64_t l = l0; l < l1; ++l) to[r * to_stride + l] = {at(2 * r, l), at(2 * r + 1, l)};
   };
-  if (from.lane_stride == 1) {
-    const int64_t whole = most<int64_t>(lanes, 0) / n * n;
+  const int64_t whole = most<int64_t>(lanes, 0) / n * n;
+  if (from.lane_stride == 0) {
+    for (int64_t r = 0; r < pairs; ++r) {
+      const BFloat16x2 pair{at(2 * r, 0), at(2 * r + 1, 0)};
+      for (int64_t l = 0; l < whole; l += n) store(to + r * to_stride + l, broadcast_element(&pair));
+    }
+    edge(0, pairs, whole, width);
+  } else if (from.lane_stride == 1) {
     for (int64_t r = 0; r < pairs; ++r)
       for (int64_t l = 0; l < whole; l += n) {
         const BFloat16* first = from.data + 2 * r * from.row_stride + l;
         const Vec<int32_t> second = 2 * r + 1 < rows ? load_bits(first + from.row_stride) : Vec<int32_t>{};
-        store(to + r * to_stride + l, (Vec<Pair>)(load_bits(first) | (second << 16)));
+        store(to + r * to_stride + l, (Vec<BFloat16x2>)(load_bits(first) | (second << 16)));
       }
     edge(0, pairs, whole, width);
   } else if (from.row_stride == 1) {
-    const int64_t whole = rows / 2 / n * n;
+    const int64_t whole_rows = rows / 2 / n * n;
     for (int64_t l = 0; l < width; l += n) {
       const int64_t present = clamp(lanes - l, 0, n);
-      for (int64_t r = 0; r < whole; r += n) {
-        Vec<Pair> square[n];
+      for (int64_t r = 0; r < whole_rows; r += n) {
+        Vec<BFloat16x2> square[n];
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i)
-          square[i] = i < present ? load(reinterpret_cast<const Pair*>(from.data + 2 * r + (l + i) * from.lane_stride))
-                                  : Vec<Pair>{};
-        transpose<Pair>(square);
+          square[i] = i < present
+                          ? load(reinterpret_cast<const BFloat16x2*>(from.data + 2 * r + (l + i) * from.lane_stride))
+                          : Vec<BFloat16x2>{};
+        transpose<BFloat16x2>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) store(to + (r + i) * to_stride + l, square[i]);
       }
     }
-    edge(whole, pairs, 0, width);
+    edge(whole_rows, pairs, 0, width);
   } else {
     edge(0, pairs, 0, width);
   }
@@ -183,13 +190,15 @@ HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
 }
 
 // to[r][d] = (from(r, 2 d), from(r, 2 d + 1)), a pair of an odd number's with zero.
-HEEDFUL_CALLED void load_row_pairs(Pair* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t dim) {
-  constexpr int n = kLanes<Pair>;
-  const int64_t whole = from.lane_stride == 1 ? dim / 2 / n * n : 0;
+HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows,
+                                   int64_t dim) {
+  constexpr int n = kLanes<BFloat16x2>;
+  const int64_t pairs = from.lane_stride == 1 ? dim / 2 : 0, whole = pairs / n * n;
   for (int64_t r = 0; r < rows; ++r, to += to_stride) {
     const BFloat16* row = from.data + r * from.row_stride;
-    for (int64_t d = 0; d < whole; d += n) store(to + d, load(reinterpret_cast<const Pair*>(row) + d));
-    for (int64_t d = whole; d < terms<Pair>(dim); ++d)
+    for (int64_t d = 0; d < whole; d += n) store(to + d, load(reinterpret_cast<const BFloat16x2*>(row) + d));
+    for (int64_t d = whole; d < pairs; ++d) __builtin_memcpy(to + d, row + 2 * d, sizeof *to);
+    for (int64_t d = pairs; d < terms<BFloat16x2>(dim); ++d)
       to[d] = {row[2 * d * from.lane_stride], 2 * d + 1 < dim ? row[(2 * d + 1) * from.lane_stride] : BFloat16{0}};
   }
 }
