@@ -193,12 +193,11 @@ HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
 HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows,
                                    int64_t dim) {
   constexpr int n = kLanes<BFloat16x2>;
-  const int64_t pairs = from.lane_stride == 1 ? dim / 2 : 0, whole = pairs / n * n;
+  const int64_t whole = from.lane_stride == 1 ? dim / 2 / n * n : 0, end = terms<BFloat16x2>(dim);
   for (int64_t r = 0; r < rows; ++r, to += to_stride) {
     const BFloat16* row = from.data + r * from.row_stride;
     for (int64_t d = 0; d < whole; d += n) store(to + d, load(reinterpret_cast<const BFloat16x2*>(row) + d));
-    for (int64_t d = whole; d < pairs; ++d) __builtin_memcpy(to + d, row + 2 * d, sizeof *to);
-    for (int64_t d = pairs; d < terms<BFloat16x2>(dim); ++d)
+    for (int64_t d = whole; d < end; ++d)
       to[d] = {row[2 * d * from.lane_stride], 2 * d + 1 < dim ? row[(2 * d + 1) * from.lane_stride] : BFloat16{0}};
   }
 }
