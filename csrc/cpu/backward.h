@@ -83,6 +83,11 @@ struct Backward {
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
+  // Rows of numbers of which whole vectors are read where they lie.
+  static bool in_place(const View& view, int64_t dim) {
+    return sizeof(S) == sizeof(E) && view.stride[3] == 1 && dim % n == 0;
+  }
+  static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && !scales_first(p); }
   // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
   static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
 
@@ -99,6 +104,7 @@ struct Backward {
   };
   struct Workspace {
     RowState* rows;     // [B, Hq, Sq]
+    bool* finite;       // [B, Hq, tasks a head]: whether the rows' q and dout are
     C* dq;              // [groups, B, Hq, Sq, padded embedded dim], without the first where that is the output
     RowSums* row_sums;  // [B, Hq, tasks a head]
     double* distances;  // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
@@ -106,6 +112,7 @@ struct Backward {
   static size_t carve(const Problem& p, char* base, Workspace* w) {
     Carver carve{base};
     w->rows = carve.take<RowState>(query_count(p));
+    w->finite = carve.take<bool>(row_tasks(p));
     w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * query_count(p) * padded<C>(embedded_dim(p)));
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances = wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
@@ -183,14 +190,19 @@ struct Backward {
       }
     }
     if (w.row_sums) w.row_sums[task] = {sink_sum, 0};
+    const int64_t present = least(t.i1, band.queries) - t.i0;
+    const S *q = row_of<const S>(p.q, band.batch, t.h, band.q_row + t.i0),
+            *g = row_of<const S>(p.dout, band.batch, t.h, band.q_row + t.i0);
+    w.finite[task] = all_finite<C>(q, p.q.stride[2], p.q.stride[3], present, p.D) &&
+                     all_finite<C>(g, p.dout.stride[2], p.dout.stride[3], present, p.Dv);
   }
 
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
     E *kt, *vt, *k;         // K^T and V^T, [D][kKeys] in panels; K, numbers scaled unless deferred, [kKeys][D]
-    E *q, *dout;            // [kQueries][D]
-    E *q_rows, *dout_rows;  // likewise, but pairs along D; numbers are the same
+    E *q, *dout;            // [kQueries][D]; null where they are read where they lie
+    E *q_rows, *dout_rows;  // of pairs: likewise, but along D
     C *p, *ds;              // [kQueries][kKeys]
     E *weights, *grads;     // P and dS, likewise: as operands
     E* grad_rows;           // dS, pairs along the keys
@@ -207,8 +219,8 @@ struct Backward {
     s->k = carve.take<E>(terms<E>(keys) * padded<C>(dim));
     s->dk = carve.take<C>(keys * padded<C>(dim));
     s->dv = carve.take<C>(keys * padded<C>(p.Dv));
-    s->q = carve.take<E>(terms<E>(queries) * padded<C>(dim));
-    s->dout = carve.take<E>(terms<E>(queries) * padded<C>(p.Dv));
+    s->q = q_in_place(p) ? nullptr : carve.take<E>(terms<E>(queries) * padded<C>(dim));
+    s->dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(terms<E>(queries) * padded<C>(p.Dv));
     s->p = carve.take<C>(queries * keys);
     s->ds = carve.take<C>(queries * keys);
     if constexpr (kBFloat16x2) {
@@ -218,7 +230,7 @@ struct Backward {
       s->grads = carve.take<E>(terms<E>(queries) * keys);
       s->grad_rows = carve.take<E>(queries * terms<E>(keys));
     } else {
-      s->q_rows = s->q, s->dout_rows = s->dout, s->weights = s->p, s->grads = s->grad_rows = s->ds;
+      s->weights = s->p, s->grads = s->grad_rows = s->ds;
     }
     s->row = carve.take<C>(padded<C>(p.D));
     s->parts = ScoreParts<C>(p, carve, queries, panel, keys, true);
@@ -270,7 +282,7 @@ struct Backward {
 
   void run_group() const {
     const int64_t parts = groups(p, band.keys), block = key_block(p);
-    const bool careful = !inputs_are_finite();
+    const bool finite = queries_are_finite();
     for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
       if (group < parts) {
         const Sums dq = dq_rows(p, w, band, group, h);
@@ -283,21 +295,24 @@ struct Backward {
     if (group >= parts) return;
     // Keys past the sequence's end, too: their gradients are zero.
     for (int64_t j0 = group * block; j0 < band.k_rows; j0 += parts * block)
-      run_key_block(j0, least(j0 + block, band.k_rows), careful);
+      run_key_block(j0, least(j0 + block, band.k_rows), finite);
   }
 
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
-  bool inputs_are_finite() const {
-    bool finite = all_finite<C>(key_row(p.k, 0), p.k.stride[2], p.k.stride[3], band.keys, p.D) &&
-                  all_finite<C>(key_row(p.v, 0), p.v.stride[2], p.v.stride[3], band.keys, p.Dv);
-    for (int64_t h = hk * heads_per_group(); finite && h < (hk + 1) * heads_per_group(); ++h)
-      finite = all_finite<C>(query_row(p.q, h, 0), p.q.stride[2], p.q.stride[3], band.queries, p.D) &&
-               all_finite<C>(query_row(p.dout, h, 0), p.dout.stride[2], p.dout.stride[3], band.queries, p.Dv);
+  bool queries_are_finite() const {
+    const int64_t heads = b * p.Hq + hk * heads_per_group(), tasks = row_tasks_per_head(p);
+    bool finite = true;
+    for (int64_t task = heads * tasks; task < (heads + heads_per_group()) * tasks; ++task) finite &= w.finite[task];
     return finite;
   }
+  bool keys_are_finite(int64_t j0, int64_t keys) const {
+    return all_finite<C>(key_row(p.k, j0), p.k.stride[2], p.k.stride[3], keys, p.D) &&
+           all_finite<C>(key_row(p.v, j0), p.v.stride[2], p.v.stride[3], keys, p.Dv);
+  }
 
-  void run_key_block(int64_t j0, int64_t block_end, bool careful) const {
+  void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
+    const bool careful = !(finite && keys_are_finite(j0, keys));
     const int64_t dk_stride = padded<C>(embedded_dim(p)), dv_stride = padded<C>(p.Dv);
     for (int64_t x = 0; x < (block_end - j0) * dk_stride; ++x) s.dk[x] = 0;
     for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
@@ -338,26 +353,40 @@ struct Backward {
     embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
   }
 
-  void pack_queries(const Tile& t) const {
+  // A tile's queries and what arrives at them: as rows to add up, and as rows to multiply (pairs along D).
+  struct Queries {
+    Rows<E> q, dout, q_rows, dout_rows;
+  };
+  Queries pack_queries(const Tile& t) const {
     const int64_t queries = t.i1 - t.i0, d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Source<S> q{query_row(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]},
         dout{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]};
     const C scale = query_scale<E>(p, b, t.h);  // scores want it, and dK
-    load_operand(s.q, d, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1));
-    embed_rows(p, Role::query, s.q, d, queries, scale);
-    load_operand(s.dout, dv, dout, queries, p.Dv, dv);
+    if (s.q) {
+      load_operand(s.q, d, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1));
+      embed_rows(p, Role::query, s.q, d, queries, scale);
+    }
+    if (s.dout) load_operand(s.dout, dv, dout, queries, p.Dv, dv);
     if constexpr (kBFloat16x2) {
       load_row_pairs(s.q_rows, terms<E>(d), q, queries, p.D);
       load_row_pairs(s.dout_rows, terms<E>(dv), dout, queries, p.Dv);
+      return {{s.q, d}, {s.dout, dv}, {s.q_rows, terms<E>(d)}, {s.dout_rows, terms<E>(dv)}};
+    } else {
+      Rows<E> q_rows{s.q, d}, dout_rows{s.dout, dv};
+      if constexpr (sizeof(S) == sizeof(E)) {
+        if (!s.q) q_rows = {q.data, q.row_stride};
+        if (!s.dout) dout_rows = {dout.data, dout.row_stride};
+      }
+      return {q_rows, dout_rows, q_rows, dout_rows};
     }
   }
 
   void run_tile(const Tile& t, bool careful) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
-    pack_queries(t);
+    const Queries rows = pack_queries(t);
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, stride, p, band, t);
-    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, l, careful); });
+    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, rows, l, careful); });
 
     if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
 
@@ -368,18 +397,19 @@ struct Backward {
     }
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
-    if (careful) return multiply_carefully(t, dq_tile, dq.stride);
+    if (careful) return multiply_carefully(t, rows, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
-    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, s.dout, dv, s.dv, dv, dv, s.dv, seers);
-    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, s.q, d, s.dk, d, d, s.dk, seers);
+    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, rows.dout.data, rows.dout.stride, s.dv, dv, dv, s.dv,
+                                    seers);
+    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, s.dk, d, d, s.dk, seers);
     multiply<Onto::c, E, Unit::k>({s.grad_rows, terms<E>(stride)}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk,
                                   seen);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
   template <int kN>
-  HEEDFUL_FN void score_panel(const Tile& t, int64_t l, bool careful) const {
+  HEEDFUL_FN void score_panel(const Tile& t, const Queries& rows, int64_t l, bool careful) const {
     constexpr int width = kN * n;
     const int64_t stride = lanes_k(), queries = t.i1 - t.i0;
     const int64_t ja = t.j0 + l, jb = least<int64_t>(t.j1, ja + width);
@@ -399,10 +429,10 @@ struct Backward {
 
     Tile panel = t;
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
-    const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p), d = padded<C>(dim), dv = padded<C>(p.Dv);
-    multiply<Onto::nothing, E, Unit::k>({s.q_rows, terms<E>(d)}, r0, r1, s.kt + l * terms<E>(dim), width, prob, stride,
+    const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
+    multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width, prob, stride,
                                         width, s.dk, WholeSum{dim});
-    multiply<Onto::nothing, E, Unit::k>({s.dout_rows, terms<E>(dv)}, r0, r1, s.vt + l * terms<E>(p.Dv), width, grad,
+    multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv), width, grad,
                                         stride, width, s.dk, WholeSum{p.Dv});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
@@ -444,8 +474,8 @@ struct Backward {
         C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
         const Vec<C> score = load(x);
         // No score is above lse, but for rounding, which for huge scores is huge.
-        const Vec<C> above = (score - state[r].lse) * to_log2, distance = above > Vec<C>{} ? Vec<C>{} : above;
-        Vec<C> probability = exp2<C>(distance) * state[r].weight;
+        const Vec<C> above = score - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
+        Vec<C> probability = exp2<C>(distance, to_log2) * state[r].weight;
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {
           probability = select(score == minus_infinity, absent, probability);
@@ -499,29 +529,29 @@ struct Backward {
 
   // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do
   // not depend on the way.
-  void multiply_carefully(const Tile& t, C* dq, int64_t dq_stride) const {
+  void multiply_carefully(const Tile& t, const Queries& rows, C* dq, int64_t dq_stride) const {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
     const auto present = [&](int64_t i, int64_t j) { return i < queries && j < keys && !(s.p[i * stride + j] < 0); };
     // c += sum_x a[x * a_stride] * b[x], a row of `width` numbers; `at(x)` says whether its number x takes part.
-    const auto add = [&](C* c, int64_t count, const E* a, int64_t a_stride, const E* b, int64_t width, auto at) {
+    const auto add = [&](C* c, int64_t count, const E* a, int64_t a_stride, Rows<E> b, int64_t width, auto at) {
       for (int64_t l = 0; l < width; l += n) {
         Vec<C> sum = {};
         for (int64_t x = 0; x < terms<E>(count); ++x) {
           const auto part = [&](int half) { return at(x * kDepth<E> + half); };
           sum = multiply_add<E>(sum, broadcast_element(a + x * a_stride),
-                                where_present<E>(load(b + x * width + l), part));
+                                where_present<E>(load(b.data + x * b.stride + l), part));
         }
         store(c + l, load(c + l) + sum);
       }
     };
     for (int64_t j = 0; j < keys; ++j) {
       const auto seen = [&](int64_t i) { return present(i, j); };
-      add(s.dv + j * dv, queries, s.weights + j, stride, s.dout, dv, seen);
-      add(s.dk + j * dk, queries, s.grads + j, stride, s.q, dk, seen);
+      add(s.dv + j * dv, queries, s.weights + j, stride, rows.dout, dv, seen);
+      add(s.dk + j * dk, queries, s.grads + j, stride, rows.q, dk, seen);
     }
     for (int64_t i = 0; i < queries; ++i)
-      add(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, s.k, dk,
+      add(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, {s.k, dk}, dk,
           [&](int64_t j) { return present(i, j); });
   }
 

@@ -262,7 +262,7 @@ struct Forward {
         C* score = s.scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
         const auto absent = x == minus_infinity;
-        Vec<C> y = exp2<C>((x - reference[v]) * to_log2);
+        Vec<C> y = exp2<C>(x - reference[v], to_log2);
         if (masked) y = select(absent, Vec<C>{}, y);
         sum[v] += y;
         store(score, mark ? select(absent, broadcast<C>(C(-1)), y) : y);

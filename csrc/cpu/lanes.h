@@ -93,13 +93,6 @@ template <class V>
 HEEDFUL_FN V maximum(V a, V b) {
   return a > b ? a : b;
 }
-template <class V>
-HEEDFUL_FN bool any(V mask) {
-  using T = decltype(mask[0] + 0);
-  T bits = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); ++i) bits |= mask[i];
-  return bits != 0;
-}
 // Of all lanes, in a fixed order: halves are joined until one lane is left.
 template <int kStep, class V, int... kLane>
 HEEDFUL_FN V other_half(V v, LaneList<kLane...>) {
@@ -125,9 +118,9 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (or NaN, which stays NaN), but no less than the smallest normal number. exp2 is x = n + r with |r| <=
-// 1/2, a polynomial in r, and n added to the exponent. Adding 1.5 * 2^mantissa rounds x to n and leaves n in the low
-// bits.
+// 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0, but no less than the smallest normal number.
+// x factor = n + r with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the exponent's
+// bias rounds to n, and leaves the exponent in the low bits. With a fused multiply-add x factor is never rounded itself.
 template <class T>
 struct Exp2;
 template <>
@@ -151,17 +144,20 @@ struct Exp2<double> {
 };
 
 template <class T>
-HEEDFUL_FN Vec<T> exp2(Vec<T> x) {
+HEEDFUL_FN Vec<T> exp2(Vec<T> x, Vec<T> factor) {
   using E = Exp2<T>;
-  const Vec<T> low = broadcast<T>(E::kLowest), round = broadcast<T>(E::kRound);
-  x = low > x ? low : x;
-  const Vec<T> shifted = x + round;
-  const Vec<T> r = x - (shifted - round);
+  const Vec<T> round = broadcast<T>(E::kRound + E::kBias);
+  x = maximum(broadcast<T>(E::kLowest) / factor, x);
+  const Vec<T> shifted = x * factor + round;
+  const Vec<T> r = x * factor - (shifted - round);
   Vec<T> y = broadcast<T>(E::kPolynomial[E::kDegree]);
 #pragma GCC unroll 16
   for (int k = E::kDegree - 1; k >= 0; --k) y = y * r + broadcast<T>(E::kPolynomial[k]);
-  const Vec<Int<T>> exponent = ((Vec<Int<T>>)shifted + E::kBias) << E::kMantissa;
-  return y * (Vec<T>)exponent;  // a product, so that NaN stays NaN
+  return y * (Vec<T>)((Vec<Int<T>>)shifted << E::kMantissa);  // a product, so that NaN stays NaN
+}
+template <class T>
+HEEDFUL_FN Vec<T> exp2(Vec<T> x) {
+  return exp2<T>(x, broadcast<T>(T(1)));
 }
 // The same, but exactly 0 below the normal range.
 template <class T>

@@ -28,7 +28,7 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
                               Sum<E>* c, int64_t c_stride, const Sum<E>* factor) {
   constexpr int n = kLanes<E>;
   Vec<Sum<E>> sum[kM][kN];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) sum[i][v] = Vec<Sum<E>>{};
@@ -38,7 +38,7 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     Vec<E> row[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kM; ++i) {
       const Vec<E> x = broadcast_element(unit == Unit::k ? left + i * a.stride : left + i);
 #pragma GCC unroll 4
@@ -47,7 +47,7 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
@@ -58,35 +58,42 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     }
 }
 
+// Rows of C that a tile of kN vectors takes at most, and the step in which it takes fewer: narrow ones have more rows, or
+// there would be too few accumulators.
+template <int kN>
+constexpr int kRowStep = kVectors / kN >= 2 ? 2 : 1;
+
 // Rows [m0, m1) of C, kN vectors wide. Rows are dealt out evenly (tiles of 5 and 6 rather than of 6 and a rest), which
 // keeps every tile near the full number of accumulators.
 template <int kN, Onto onto, class E, Unit unit, class Range>
 HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
                                int64_t c_stride, const Sum<E>* factor, const Range& range) {
-  const int64_t tiles = (m1 - m0 + kRows - 1) / kRows;
+  constexpr int step = kRowStep<kN>;
+  const int64_t steps = (m1 - m0 + step - 1) / step, tiles = (steps + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t m = m0 + (m1 - m0) * t / tiles, end = m0 + (m1 - m0) * (t + 1) / tiles;
+    const int64_t m = m0 + step * (steps * t / tiles), end = least(m0 + step * (steps * (t + 1) / tiles), m1);
     const int64_t k0 = range.first(m, end) / kDepth<E>, k1 = terms<E>(range.end(m, end));
-    switch (end - m) {
+    switch ((end - m) / step) {
       case 6:
-        multiply_tile<6, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
       case 5:
-        multiply_tile<5, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<5 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
       case 4:
-        multiply_tile<4, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<4 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
       case 3:
-        multiply_tile<3, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<3 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
       case 2:
-        multiply_tile<2, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<2 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
-      default:
-        multiply_tile<1, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+      case 1:
+        multiply_tile<step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
         break;
     }
+    if ((end - m) % step) multiply_tile<1, kN, onto>(a, end - 1, k0, k1, b, b_stride, c, c_stride, factor);
   }
 }
 
@@ -102,10 +109,17 @@ template <Onto onto, class E, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
                              int64_t c_stride, int64_t lanes, const Sum<E>* factor, const Range& range) {
   constexpr int n = kLanes<E>;
+  const auto panel = [&](int64_t l, auto vectors) {
+    multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+  };
+  const auto five_left = [&](int64_t l) { return kVectors == 4 && l + 5 * n == lanes; };  // 3 and 2, not 4 and 1
   int64_t l = 0;
-  for (; l + kVectors * n <= lanes; l += kVectors * n)
-    multiply_panel<kVectors, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
-  for (; l < lanes; l += n) multiply_panel<1, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+  for (; l + kVectors * n <= lanes && !five_left(l); l += kVectors * n) panel(l, Constant<kVectors>{});
+  if constexpr (kVectors > 2) {
+    if (l + 3 * n <= lanes) panel(l, Constant<3>{}), l += 3 * n;
+    if (l + 2 * n <= lanes) panel(l, Constant<2>{}), l += 2 * n;
+  }
+  if (l < lanes) panel(l, Constant<1>{});
 }
 
 // x rounded up to whole vectors.

@@ -152,15 +152,15 @@ HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, in
 template <class C, class S>
 HEEDFUL_CALLED bool all_finite(const S* data, int64_t row_stride, int64_t lane_stride, int64_t rows, int64_t lanes) {
   constexpr int n = kLanes<C>;
-  Vec<Int<C>> bad = {};
+  Vec<C> zeros = {};  // until a number times zero is NaN
   C edge = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const S* row = data + r * row_stride;
     const int64_t whole = lane_stride == 1 ? lanes / n * n : 0;
-    for (int64_t l = 0; l < whole; l += n) bad |= not_finite<C>(load_as(row + l, C()));
+    for (int64_t l = 0; l < whole; l += n) zeros += load_as(row + l, C()) * C(0);
     for (int64_t l = whole; l < lanes; ++l) edge += C(to_compute(row[l * lane_stride])) * C(0);
   }
-  return !any(bad) && edge == edge;
+  return sum_lanes<C>(zeros) + edge == 0;
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
