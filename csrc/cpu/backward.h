@@ -283,19 +283,18 @@ struct Backward {
   void run_group() const {
     const int64_t parts = groups(p, band.keys), block = key_block(p);
     const bool finite = queries_are_finite();
-    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
-      if (group < parts) {
-        const Sums dq = dq_rows(p, w, band, group, h);
-        for (int64_t i = 0; i < band.q_rows; ++i)
-          for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
-      }
-      if (w.distances)
-        for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
-    }
+    for (int64_t h = hk * heads_per_group(); w.distances && h < (hk + 1) * heads_per_group(); ++h)
+      for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
     if (group >= parts) return;
-    // Keys past the sequence's end, too: their gradients are zero.
-    for (int64_t j0 = group * block; j0 < band.k_rows; j0 += parts * block)
-      run_key_block(j0, least(j0 + block, band.k_rows), finite);
+    // Keys past the sequence's end, too: their gradients are zero. The first block starts dQ.
+    for (int64_t j0 = group * block; j0 == group * block || j0 < band.k_rows; j0 += parts * block)
+      run_key_block(j0, least(j0 + block, band.k_rows), finite, j0 == group * block);
+  }
+
+  void clear_dq(int64_t h, int64_t i0, int64_t i1) const {
+    const Sums dq = dq_rows(p, w, band, group, h);
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) store(dq.data + i * dq.stride + d, Vec<C>{});
   }
 
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
@@ -310,7 +309,7 @@ struct Backward {
            all_finite<C>(key_row(p.v, j0), p.v.stride[2], p.v.stride[3], keys, p.Dv);
   }
 
-  void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
+  void run_key_block(int64_t j0, int64_t block_end, bool finite, bool starts_dq) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
     const bool careful = !(finite && keys_are_finite(j0, keys));
     const int64_t dk_stride = padded<C>(embedded_dim(p)), dv_stride = padded<C>(p.Dv);
@@ -318,15 +317,20 @@ struct Backward {
     for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
     const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
     bool packed = false;
-    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
+    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
+      if (starts_dq) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
         Tile tile{b, h, i0, least(next, end), j0, j1};
-        if (!find_masks(p, &tile)) continue;
+        if (!find_masks(p, &tile)) {
+          if (starts_dq) clear_dq(h, tile.i0, tile.i1);
+          continue;
+        }
         if (!packed) pack_keys(j0, keys);
         packed = true;
-        run_tile(tile, careful);
+        run_tile(tile, careful, starts_dq);
       }
+    }
     if (p.similarity != Similarity::dot)
       for (int64_t j = 0; j < keys; ++j) {
         load_tile<C>(s.row, padded<C>(p.D), Source<S>{key_row(p.k, j0 + j), 0, p.k.stride[3]}, 1, p.D, padded<C>(p.D),
@@ -381,7 +385,7 @@ struct Backward {
     }
   }
 
-  void run_tile(const Tile& t, bool careful) const {
+  void run_tile(const Tile& t, bool careful, bool starts_dq) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Queries rows = pack_queries(t);
@@ -397,14 +401,18 @@ struct Backward {
     }
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
+    if (careful && starts_dq) clear_dq(t.h, t.i0, t.i1);
     if (careful) return multiply_carefully(t, rows, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
     multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, rows.dout.data, rows.dout.stride, s.dv, dv, dv, s.dv,
                                     seers);
     multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, s.dk, d, d, s.dk, seers);
-    multiply<Onto::c, E, Unit::k>({s.grad_rows, terms<E>(stride)}, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk,
-                                  seen);
+    const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
+    if (starts_dq)
+      multiply<Onto::nothing>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
+    else
+      multiply<Onto::c>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
