@@ -5,6 +5,8 @@
 //   S[row][key]  = sum_d   Q[row][d] * K[key][d]       kPairs at a time, whose lanes are added up together
 //   O[row][d]   += sum_key P[row][key] * V[key][d]     rescaled when a row's maximum rises
 //
+// Rows of many heads that fill whole vectors lie in lanes for the first product, as in the forward kernel.
+//
 // Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
 // at multiples of kChunk, so that they depend on the sequence alone.
 #pragma once
@@ -42,52 +44,55 @@ struct Decode {
   static int64_t few(const Problem& p) { return least(p.Sq, kFewQueries); }
   static int64_t most_rows(const Problem& p) { return heads_per_group(p) * few(p); }
 
-  // Of one chunk: [rows] each; a row is (head of the group, query).
+  // Of one chunk: [rows] each, a row is (head of the group, query).
   struct Partial {
-    C *out, *maximum, *sum;  // out: [rows][padded Dv]
+    C *out, *maximum, *sum;  // out: [rows][padded Dv]; the others: whole vectors
   };
   // The chunks of all sequences of a key/value head, one after the other; packed ones take what their keys need.
   static int64_t all_chunks(const Problem& p) { return p.k_offsets ? p.k_rows / kChunk + p.B : p.B * chunks(p); }
   static Partial partial(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t chunk) {
-    const int64_t rows = most_rows(p), dim = padded<C>(p.Dv), parts = p.Hk * all_chunks(p);
+    const int64_t rows = most_rows(p), lanes = padded<C>(rows), dim = padded<C>(p.Dv), parts = p.Hk * all_chunks(p);
     // Sequence b begins at row k_row: no earlier one has more than k_row / kChunk + b chunks together with those
     // before.
     const int64_t first = p.k_offsets ? band.k_row / kChunk + b : b * chunks(p);
     const int64_t part = hk * all_chunks(p) + first + chunk;
     Carver carve{static_cast<char*>(p.workspace)};
     C* out = carve.template take<C>(parts * rows * dim);
-    C* maximum = carve.template take<C>(parts * rows);
-    C* sum = carve.template take<C>(parts * rows);
-    return {out + part * rows * dim, maximum + part * rows, sum + part * rows};
+    C* maximum = carve.template take<C>(parts * lanes);
+    C* sum = carve.template take<C>(parts * lanes);
+    return {out + part * rows * dim, maximum + part * lanes, sum + part * lanes};
   }
   static size_t workspace_bytes(const Problem& p) {
-    const int64_t rows = p.Hk * all_chunks(p) * most_rows(p);
+    const int64_t rows = most_rows(p), parts = p.Hk * all_chunks(p);
     Carver carve{nullptr};
-    carve.template take<C>(rows * padded<C>(p.Dv));
-    carve.template take<C>(rows);
-    carve.template take<C>(rows);
+    carve.template take<C>(parts * rows * padded<C>(p.Dv));
+    carve.template take<C>(parts * padded<C>(rows));
+    carve.template take<C>(parts * padded<C>(rows));
     return carve.size;
   }
   // Of one sequence, one at least.
   static int64_t own_chunks(const Band& band) { return most<int64_t>((band.keys + kChunk - 1) / kChunk, 1); }
 
   struct Scratch {
-    C *q, *scores, *k, *v;
+    C *q, *q_lanes, *scores, *k, *v;  // q_lanes: whole vectors of rows, a row's numbers in a lane
     ScoreParts<C> parts;
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t dim = padded<C>(embedded_dim(p));
     Carver carve{base};
     s->q = carve.take<C>(most_rows(p) * dim);
+    s->q_lanes = carve.take<C>(most_rows(p) / n * n * dim);
     s->scores = carve.take<C>(most_rows(p) * kKeys);
-    s->k = in_place(p.k, p.D) && p.similarity == Similarity::dot ? nullptr : carve.take<C>(kKeys * dim);
-    s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
+    s->k = in_place(p, p.k, p.D) && p.similarity == Similarity::dot ? nullptr : carve.take<C>(kKeys * dim);
+    s->v = in_place(p, p.v, p.Dv) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
     s->parts = ScoreParts<C>(p, carve, few(p), kKeys, kKeys, false);
     return carve.size;
   }
 
-  // Whole vectors are read where they lie, however far apart the rows.
-  static bool in_place(const View& view, int64_t dim) { return view.stride[3] == 1 && dim % n == 0; }
+  // Whole vectors are read where they lie, however far apart the rows. Half types are widened once for rows in lanes.
+  static bool in_place(const Problem& p, const View& view, int64_t dim) {
+    return view.stride[3] == 1 && dim % n == 0 && (sizeof(S) == sizeof(C) || most_rows(p) < n);
+  }
 
   // Adds its phases, scratch and workspace to a plan.
   static void plan(const Problem& p, Plan* plan) {
@@ -130,7 +135,7 @@ struct Decode {
   void attend(bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t x = 0; x < rows() * dim; ++x) part.out[x] = 0;
-    for (int64_t r = 0; r < rows(); ++r) {
+    for (int64_t r = 0; r < padded<C>(rows()); ++r) {
       part.maximum[r] = -kInfinity<C>;
       part.sum[r] = 0;
     }
@@ -152,6 +157,18 @@ struct Decode {
                    queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
       embed_rows(p, Role::query, to, dim, queries, scale);
     }
+    for_each_vectors([&](int64_t r, auto vectors) {
+      constexpr int64_t width = decltype(vectors)::value * n;
+      load_tile<C>(s.q_lanes + r * dim, width, Source<C>{s.q + r * dim, 1, dim}, dim, width, width, C(1));
+    });
+  }
+
+  // f(row, number of vectors) for whole vectors of rows, by twos where there are two.
+  template <class F>
+  HEEDFUL_FN void for_each_vectors(F f) const {
+    int64_t r = 0;
+    for (; r + 2 * n <= rows(); r += 2 * n) f(r, Constant<2>{});
+    if (r + n <= rows()) f(r, Constant<1>{});
   }
 
   // Keys [j0, j1) of one tile of a block mask.
@@ -168,7 +185,12 @@ struct Decode {
     for (int64_t g = 0; g < heads_per_group(p); ++g) {
       Tile tile = tile_of(g);
       const bool empty = !find_masks(p, &tile);
-      finish_scores(tile, empty, g * queries, width, careful);
+      finish_scores(tile, empty, s.scores + g * queries * kKeys, width);
+    }
+    probabilities(keys, width, careful);
+    for (int64_t g = 0; s.parts.keep && g < heads_per_group(p); ++g) {
+      load_keep<InLanes::keys>(s.parts.keep, width, p, tile_of(g));
+      drop(s.scores + g * queries * kKeys, kKeys, s.parts.keep, width, queries);
     }
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
@@ -181,20 +203,27 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows that are needed soon, from key j0 on; null where there are none, or where they are packed first.
+  // Rows that are needed soon come into the second cache meanwhile, evenly: bursts would wait for memory, and leave it
+  // idle afterwards.
   struct Ahead {
-    const S* data;
-    int64_t stride, last, dim;
-    // Columns [d0, d1) of row j come into the second cache.
-    HEEDFUL_FN void prefetch(int64_t j, int64_t d0, int64_t d1) const {
-      const S* row = data + least(j, last) * stride;
-      for (int64_t d = d0; d < least(d1, dim); d += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+    const S* next;
+    int64_t stride, dim, rows, every = 1, left = 1;
+    HEEDFUL_FN void fetch(int64_t count) {
+      for (; count > 0 && rows > 0; --count, --rows, next += stride)
+        for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + d, 0, 2);
+    }
+    // At each step of a loop: a row every so many.
+    HEEDFUL_FN void step() {
+      if (--left > 0) return;
+      left = every;
+      fetch(1);
     }
   };
-  Ahead ahead(const View& view, const C* packed, int64_t dim, int64_t j0) const {
-    if (packed || j0 >= band.keys) return {};
+  // Of the block from key j0 on.
+  Ahead ahead(const View& view, int64_t dim, int64_t j0) const {
+    if (view.stride[3] != 1 || j0 >= band.keys) return {};
     const Source<S> rows = source(view, j0);
-    return {rows.data, rows.row_stride, band.keys - 1 - j0, dim};
+    return {rows.data, rows.row_stride, dim, least(band.keys - j0, kKeys)};
   }
 
   // ---- scores
@@ -208,28 +237,48 @@ struct Decode {
     score_rows(Rows<C>{s.k, dim}, dim, j0, keys);
   }
 
-  // While keys are scored their values come into the second cache, a few rows at a time: bursts would wait for memory,
-  // and leave it idle afterwards.
+  // Meanwhile the keys' values come.
   template <class E>
   HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t j0, int64_t keys) const {
+    Ahead values = ahead(p.v, p.Dv, j0);
+    int64_t first = 0;
+    if constexpr (sizeof(E) == sizeof(C))
+      for_each_vectors([&](int64_t r, auto vectors) {
+        score_lanes<vectors.value>(k, dim, r, keys, values);
+        first = r + vectors.value * n;
+      });
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
-      const Ahead values = ahead(p.v, s.v, p.Dv, j0);
-      int64_t r = 0;
-      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, r ? Ahead{} : values);
-      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, r ? Ahead{} : values), r += 2;
-      if (r < rows()) score_step<1>(k, dim, r, j, end, r ? Ahead{} : values);
+      int64_t r = first;
+      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, values);
+      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, values), r += 2;
+      if (r < rows()) score_step<1>(k, dim, r, j, end, values);
     }
+  }
+
+  // Whole vectors of rows in lanes, where no lanes need adding up; their scores are turned afterwards.
+  template <int kV>
+  HEEDFUL_FN void score_lanes(const Rows<C>& k, int64_t dim, int64_t r, int64_t keys, Ahead& values) const {
+    constexpr int64_t width = kV * n, kJ = kPairs / kV;
+    const Operand<C, Unit::k> key{k.data, k.stride};
+    const C* q = s.q_lanes + r * dim;
+    alignas(64) C turned[kKeys * width];
+    Ahead meanwhile = values;  // in registers
+    meanwhile.every = dim / kJ;
+    int64_t j = 0;
+    for (; j + kJ <= keys; j += kJ)
+      multiply_tile<kJ, kV, Onto::nothing>(key, j, 0, dim, q, width, turned, width, turned, [&] { meanwhile.step(); });
+    for (; j < keys; ++j) multiply_tile<1, kV, Onto::nothing>(key, j, 0, dim, q, width, turned, width, turned);
+    values = meanwhile;
+    load_tile<C>(s.scores + r * kKeys, kKeys, Source<C>{turned, 1, width}, width, keys, padded<C>(keys), C(1));
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
   template <int kR, class E>
-  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end,
-                             const Ahead& values) const {
+  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end, Ahead& values) const {
     constexpr int kJ = kPairs / kR;
     for (; j < end; j += kJ) {
-      if (values.data)
-        for (int i = 0; i < kJ; ++i) values.prefetch(j + i, 0, p.Dv);
+      if (r == 0) values.fetch(kJ);
       const E* key[kJ];
 #pragma GCC unroll 16
       for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
@@ -257,40 +306,63 @@ struct Decode {
     }
   }
 
-  // Scores of one head's rows become probabilities relative to the new maximum, and the rows of O follow.
-  void finish_scores(const Tile& t, bool empty, int64_t row, int64_t width, bool careful) const {
-    const int64_t queries = band.queries, keys = t.j1 - t.j0, dim = padded<C>(p.Dv);
-    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
-    C* scores = s.scores + row * kKeys;
-    if (empty)
-      for (int64_t x = 0; x < queries * kKeys; ++x) scores[x] = -kInfinity<C>;
-    else if (!is_plain<C>(p, band, t)) {
+  // Products of one head's rows become scores.
+  void finish_scores(const Tile& t, bool empty, C* scores, int64_t width) const {
+    if (empty) {
+      for (int64_t x = 0; x < band.queries * kKeys; ++x) scores[x] = -kInfinity<C>;
+    } else if (!is_plain<C>(p, band, t)) {
       if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
       apply_scores<InLanes::keys, C>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
     }
-    if (s.parts.keep && !empty) load_keep<InLanes::keys>(s.parts.keep, width, p, t);
-    for (int64_t i = 0; i < queries; ++i) {
-      C *x = scores + i * kKeys, *out = part.out + (row + i) * dim;
-      for (int64_t j = keys; j < width; ++j) x[j] = -kInfinity<C>;
-      Vec<C> top = broadcast<C>(part.maximum[row + i]);
-      for (int64_t j = 0; j < width; j += n) top = maximum(load(x + j), top);
-      const C highest = highest_lane<C>(top);
-      const Vec<C> reference = softmax_reference(broadcast<C>(highest), minus_infinity);
-      const Vec<C> factor = exp2_or_zero<C>((broadcast<C>(part.maximum[row + i]) - reference) * to_log2);
-      if (highest != part.maximum[row + i])
-        for (int64_t d = 0; d < dim; d += n) store(out + d, load(out + d) * factor);
-      Vec<C> sum = {};
-      for (int64_t j = 0; j < width; j += n) {
-        const Vec<C> score = load(x + j);
-        const auto absent = score == minus_infinity;
-        const Vec<C> y = select(absent, Vec<C>{}, exp2<C>((score - reference) * to_log2));
-        sum += y;
-        store(x + j, careful ? select(absent, broadcast<C>(C(-1)), y) : y);
+  }
+
+  // Scores become probabilities relative to the new maxima, and O's rows follow. What is done once for each row is done
+  // for a vector of rows: one by one they would wait for their own results.
+  HEEDFUL_CALLED void probabilities(int64_t keys, int64_t width, bool careful) const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
+    for (int64_t r = 0; r < rows(); r += n) {
+      const int64_t count = least<int64_t>(rows() - r, n);
+      Vec<C> each[n];
+      alignas(64) C reference[n], rescale[n];
+      for (int64_t i = 0; i < n; ++i) each[i] = minus_infinity;
+      for (int64_t i = 0; i < count; ++i) {
+        C* x = s.scores + (r + i) * kKeys;
+        for (int64_t j = keys; j < width; ++j) x[j] = -kInfinity<C>;
+        Vec<C> top = minus_infinity;
+        for (int64_t j = 0; j < width; j += n) top = maximum(load(x + j), top);
+        each[i] = top;
       }
-      part.maximum[row + i] = highest;
-      part.sum[row + i] = part.sum[row + i] * factor[0] + sum_lanes<C>(sum);
+      const Vec<C> before = load(part.maximum + r), highest = maximum(highest_each<C>(each), before);
+      const Vec<C> references = softmax_reference(highest, minus_infinity);
+      const Vec<C> factors = exp2_or_zero<C>((before - references) * to_log2);
+      store(part.maximum + r, highest);
+      store(reference, references);
+      store(rescale, factors);
+      if (any(highest != before)) rescale_rows(r, count, rescale);
+      for (int64_t i = 0; i < n; ++i) each[i] = Vec<C>{};
+      for (int64_t i = 0; i < count; ++i) {
+        C* x = s.scores + (r + i) * kKeys;
+        const Vec<C> from = broadcast<C>(reference[i]);
+        Vec<C> sum = {};
+        for (int64_t j = 0; j < width; j += n) {
+          const Vec<C> score = load(x + j);
+          const auto absent = score == minus_infinity;
+          const Vec<C> y = select(absent, Vec<C>{}, exp2<C>((score - from) * to_log2));
+          sum += y;
+          store(x + j, careful ? select(absent, broadcast<C>(C(-1)), y) : y);
+        }
+        each[i] = sum;
+      }
+      store(part.sum + r, load(part.sum + r) * factors + sum_each<C>(each));
     }
-    if (s.parts.keep && !empty) drop(scores, kKeys, s.parts.keep, width, queries);
+  }
+
+  void rescale_rows(int64_t r, int64_t count, const C* factor) const {
+    const int64_t dim = padded<C>(p.Dv);
+    for (int64_t i = 0; i < count; ++i)
+      if (factor[i] != 1)
+        for (C *out = part.out + (r + i) * dim, *end = out + dim; out < end; out += n)
+          store(out, load(out) * broadcast<C>(factor[i]));
   }
 
   // ---- values
@@ -299,28 +371,25 @@ struct Decode {
   template <class E>
   HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t j0, int64_t keys, bool careful) const {
     if (careful) return add_values_carefully(v, keys);
-    const Ahead next = ahead(p.k, s.k, p.D, j0 + keys);
+    Ahead next = ahead(p.k, p.D, j0 + keys);
+    next.every = most<int64_t>(rows() / 4 * (padded<C>(p.Dv) / (kPairs / 4 * n)), 1);  // so many passes over the keys
     int64_t r = 0;
-    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, r ? Ahead{} : next);
-    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, r ? Ahead{} : next), r += 2;
-    if (r < rows()) add_values_to<1>(v, keys, r, 0, r ? Ahead{} : next);
+    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, next);
+    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, next), r += 2;
+    if (r < rows()) add_values_to<1>(v, keys, r, 0, next);
   }
 
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
   template <int kR, int kV = kPairs / kR, class E>
-  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Ahead& next) const {
+  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
     const int64_t dim = padded<C>(p.Dv);
-    for (; d + kV * n <= dim; d += kV * n)
-      if (next.data)
-        add_values_step<kR, kV, true>(v, keys, r, d, next);
-      else
-        add_values_step<kR, kV, false>(v, keys, r, d, next);
+    for (; d + kV * n <= dim; d += kV * n) add_values_step<kR, kV>(v, keys, r, d, next);
     if constexpr (kV > 1)
       if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d, next);
   }
 
-  template <int kR, int kV, bool kAhead, class E>
-  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, const Ahead& next) const {
+  template <int kR, int kV, class E>
+  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
     const int64_t dim = padded<C>(p.Dv);
     Vec<C> sum[kR][kV];
 #pragma GCC unroll 4
@@ -329,8 +398,9 @@ struct Decode {
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
     const C* prob = s.scores + r * kKeys;
     const E* value = v.data + d;
+    Ahead meanwhile = next;  // in registers
     for (int64_t j = 0; j < keys; ++j, value += v.stride) {
-      if constexpr (kAhead) next.prefetch(j, d, d + kV * n);
+      meanwhile.step();
       Vec<C> x[kV];
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) x[i] = load_as(value + i * n, C());
@@ -347,6 +417,7 @@ struct Decode {
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
     }
+    next = meanwhile;
   }
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.

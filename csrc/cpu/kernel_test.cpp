@@ -159,6 +159,26 @@ Case random_case(DType dtype) {
   return with_random_features(c);
 }
 
+// Few queries of many heads on one key/value head: rows that fill vectors, by twos and alone, and a rest.
+void test_many_heads(DType dtype) {
+  const Case plain{.dtype = dtype, .B = 2, .Hq = 38, .Hk = 2, .Sq = 3, .Sk = 70, .D = 5, .Dv = 6, .start = 67};
+  for (const Case& c : features_of(plain)) test(c);
+  Case in_place = plain, chunks = plain;
+  in_place.D = 16, in_place.Dv = 32, in_place.right = 0;
+  chunks.B = 1, chunks.Sk = 2100, chunks.D = chunks.Dv = 16, chunks.start = 2090, chunks.left = 2060, chunks.right = 0;
+  test(in_place), test(chunks);
+  for (int64_t heads : {7, 8, 15, 16, 17, 31, 32, 33, 48}) {
+    Case c = in_place;
+    c.Hq = 2 * heads, c.Sq = 1;
+    test(c);
+  }
+  for (int n = 0; n < 50; ++n) {
+    Case c{.dtype = dtype, .B = between(1, 3), .Hk = between(1, 2), .Sq = between(1, 4), .Sk = between(1, 140)};
+    c.Hq = c.Hk * between(4, 20), c.D = between(2, 40), c.Dv = between(1, 40);
+    test(with_random_features(c));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -171,6 +191,7 @@ int main() {
     test_groups(dtype);
     for (int n = 0; n < 250; ++n) test(random_case(dtype));
   }
+  for (int t = 0; t < 4; ++t) test_many_heads(DType(t));
   for (const InstructionSet* isa : kInstructionSets) std::printf("%s ", isa->name);
   std::printf("\n");
   return summary();

@@ -275,7 +275,9 @@ HEEDFUL_FN Vec<double> load_as(const float* p, double) {
 }
 HEEDFUL_FN Vec<float> load_as(const BFloat16* p, float) { return (Vec<float>)(load_bits(p) << 16); }
 HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
-#if defined(__F16C__)
+#if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
   typedef float Eight __attribute__((vector_size(32)));
   union {
     Vec<float> whole;
@@ -298,8 +300,13 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
 }
 template <class C>
 HEEDFUL_FN Vec<C> load_as(const bool* p, C) {
-#if defined(__AVX2__)
   // The conversion below would be compiled element by element.
+#if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
+  if constexpr (kLanes<C> == 16)
+    return __builtin_convertvector((Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)),
+                                   Vec<C>);
+#endif
+#if defined(__AVX2__)
   if constexpr (kLanes<C> == 8) {
     typedef int32_t Eight __attribute__((vector_size(32)));
     return __builtin_convertvector((Eight)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), Vec<C>);
@@ -369,7 +376,9 @@ HEEDFUL_FN void store_as(BFloat16* p, Vec<float> v) {
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
-#if defined(__F16C__)
+#if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
   typedef float Eight __attribute__((vector_size(32)));
   union {
     Vec<float> whole;

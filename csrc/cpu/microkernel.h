@@ -23,12 +23,17 @@ struct Operand {
   int64_t stride;  // of the other index
 };
 
-template <int kM, int kN, Onto onto, class E, Unit unit>
+// What else is done at each step of a sum.
+struct NothingElse {
+  HEEDFUL_FN void operator()() {}
+};
+
+template <int kM, int kN, Onto onto, class E, Unit unit, class Meanwhile = NothingElse>
 HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, int64_t b_stride,
-                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor) {
+                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor, Meanwhile meanwhile = {}) {
   constexpr int n = kLanes<E>;
   Vec<Sum<E>> sum[kM][kN];
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) sum[i][v] = Vec<Sum<E>>{};
@@ -38,16 +43,17 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     Vec<E> row[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
       const Vec<E> x = broadcast_element(unit == Unit::k ? left + i * a.stride : left + i);
 #pragma GCC unroll 4
       for (int v = 0; v < kN; ++v) sum[i][v] = multiply_add<E>(sum[i][v], x, row[v]);
     }
+    meanwhile();
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {

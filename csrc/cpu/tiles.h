@@ -26,18 +26,26 @@ HEEDFUL_FN void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// The sum of each of n vectors' lanes, in its own lane of the result.
-template <class T, int kStep = 1>
-HEEDFUL_FN Vec<T> sum_each(Vec<T>* vectors) {
+// Each of n vectors' lanes joined to one, in the vector's own lane of the result.
+template <class T, int kStep = 1, class F>
+HEEDFUL_FN Vec<T> join_each(Vec<T>* vectors, F join) {
   if constexpr (kStep < kLanes<T>) {
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes<T> / kStep; r += 2) {
       trade<T, kStep>(vectors[r], vectors[r + 1], typename LanesUpTo<kLanes<T>>::list{});
-      vectors[r / 2] = vectors[r] + vectors[r + 1];
+      vectors[r / 2] = join(vectors[r], vectors[r + 1]);
     }
-    return sum_each<T, 2 * kStep>(vectors);
+    return join_each<T, 2 * kStep>(vectors, join);
   }
   return vectors[0];
+}
+template <class T>
+HEEDFUL_FN Vec<T> sum_each(Vec<T>* vectors) {
+  return join_each<T>(vectors, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <class T>
+HEEDFUL_FN Vec<T> highest_each(Vec<T>* vectors) {
+  return join_each<T>(vectors, [](Vec<T> a, Vec<T> b) { return maximum(a, b); });
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
