@@ -307,7 +307,7 @@ struct Backward {
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
         Tile tile{b, h, i0, least(next, end), j0, j1};
-        if (!find_masks(p, &tile)) continue;
+        if (!find_masks(p, InLanes::keys, s.parts.words, &tile)) continue;
         if (!packed) pack_keys(j0, keys);
         packed = true;
         run_tile(tile, careful);
@@ -401,9 +401,11 @@ struct Backward {
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p), d = padded<C>(dim), dv = padded<C>(p.Dv);
     multiply<Onto::nothing, E, Unit::k>({s.q_rows, terms<E>(d)}, r0, r1, s.kt + l * terms<E>(dim), width, prob, stride,
-                                        width, s.dk, WholeSum{dim});
+                                        width, s.dk,
+                                        SumMeanwhile{dim, r1 - r0, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
     multiply<Onto::nothing, E, Unit::k>({s.dout_rows, terms<E>(dv)}, r0, r1, s.vt + l * terms<E>(p.Dv), width, grad,
-                                        stride, width, s.dk, WholeSum{p.Dv});
+                                        stride, width, s.dk,
+                                        SumMeanwhile{p.Dv, r1 - r0, ahead_of(p.dbias, sizeof(C), panel)});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,

@@ -300,20 +300,6 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
   return (Vec<float>)(sign | select(special, magnitude | 0x7f800000, (Vec<int32_t>)scaled));
 #endif
 }
-template <class C>
-HEEDFUL_FN Vec<C> load_as(const bool* p, C) {
-#if defined(__AVX2__)
-  // The conversion below would be compiled element by element.
-  if constexpr (kLanes<C> == 8) {
-    typedef int32_t Eight __attribute__((vector_size(32)));
-    return __builtin_convertvector((Eight)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), Vec<C>);
-  }
-#endif
-  typename VectorOf<uint8_t, kLanes<C>>::type bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Vec<C>);
-}
-
 // One element, for edges.
 HEEDFUL_FN float bits_to_float(uint32_t bits) {
   float x;
@@ -327,7 +313,6 @@ HEEDFUL_FN uint32_t float_to_bits(float x) {
 }
 HEEDFUL_FN float to_compute(float x) { return x; }
 HEEDFUL_FN double to_compute(double x) { return x; }
-HEEDFUL_FN float to_compute(bool x) { return x; }
 HEEDFUL_FN float to_compute(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 HEEDFUL_FN float to_compute(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
