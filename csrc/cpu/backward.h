@@ -322,7 +322,7 @@ struct Backward {
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
         Tile tile{b, h, i0, least(next, end), j0, j1};
-        if (!find_masks(p, &tile)) {
+        if (!find_masks(p, InLanes::keys, s.parts.words, &tile)) {
           if (starts_dq) clear_dq(h, tile.i0, tile.i1);
           continue;
         }
@@ -390,7 +390,8 @@ struct Backward {
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Queries rows = pack_queries(t);
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, stride, p, band, t);
-    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, rows, l, careful); });
+    for_each_panel<C>(padded<C>(keys),
+                      [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, rows, l, careful); });
 
     if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
 
@@ -438,10 +439,12 @@ struct Backward {
     Tile panel = t;
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
-    multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width, prob, stride,
-                                        width, s.dk, WholeSum{dim});
-    multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv), width, grad,
-                                        stride, width, s.dk, WholeSum{p.Dv});
+    multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width,
+                                        prob, stride, width, s.dk,
+                                        SumMeanwhile{dim, r1 - r0, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
+    multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv),
+                                        width, grad, stride, width, s.dk,
+                                        SumMeanwhile{p.Dv, r1 - r0, ahead_of(p.dbias, sizeof(C), panel)});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,

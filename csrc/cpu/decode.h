@@ -178,13 +178,13 @@ struct Decode {
     bool any = false;
     for (int64_t g = 0; !any && g < heads_per_group(p); ++g) {
       Tile tile = tile_of(g);
-      any = find_masks(p, &tile);
+      any = find_masks(p, InLanes::keys, s.parts.words, &tile);
     }
     if (!any) return;
     score_keys(j0, j1);
     for (int64_t g = 0; g < heads_per_group(p); ++g) {
       Tile tile = tile_of(g);
-      const bool empty = !find_masks(p, &tile);
+      const bool empty = !find_masks(p, InLanes::keys, s.parts.words, &tile);
       finish_scores(tile, empty, s.scores + g * queries * kKeys, width);
     }
     probabilities(keys, width, careful);

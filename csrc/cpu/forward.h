@@ -184,7 +184,7 @@ struct Forward {
       next = (j0 / block_keys + 1) * block_keys;
       const int64_t j1 = least(next, end_key);
       Tile block{b, h, i0, last + 1, j0, j1};
-      if (!find_masks(p, &block)) continue;
+      if (!find_masks(p, InLanes::queries, s.parts.words, &block)) continue;
       const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
@@ -210,7 +210,8 @@ struct Forward {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
     multiply<Onto::nothing, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores, width,
-                                        width, s.scores, WholeSum{dim});
+                                        width, s.scores,
+                                        SumMeanwhile{dim, keys, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
     const bool plain = is_plain<E>(p, band, tile);
     if (!plain)
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);

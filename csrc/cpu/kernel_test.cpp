@@ -104,6 +104,19 @@ void test_shapes(DType dtype) {
         .right = 0,
         .mask = "ij",
         .bias = "ij"});
+  // Masks of several words, from the middle of a block of keys on.
+  for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
+    for (Dims tiles : {"", "ij"})
+      test({.dtype = dtype,
+            .Sq = 150,
+            .Sk = 333,
+            .layout = layout,
+            .start = 170,
+            .left = 131,
+            .right = 20,
+            .mask = "ij",
+            .tiles = tiles,
+            .bias = "ij"});
   // Nothing to do.
   test({.dtype = dtype, .B = 0, .Sq = 4, .Sk = 4});
   test({.dtype = dtype, .Sq = 0, .Sk = 4});

@@ -171,6 +171,7 @@ struct Call {
   Array scales, sinks, slopes, table, dscales, dsinks, dslopes, dtable;
   std::vector<int64_t> q_offsets, k_offsets, q_lengths, k_lengths, q_starts, buckets, bits, seeds;
   std::vector<unsigned char> mask;
+  Shape mask_stride = {};
   std::vector<int32_t> tiles;
 
   explicit Call(const Case& of) : c(of) {
@@ -219,6 +220,7 @@ struct Call {
     if (c.zero_rows)
       for (Array* x : {&q, &k}) x->set_row(0, 0, 0);
     if (c.poison) poison();
+    lay_out_mask();
   }
 
   Call in_float64() const {
@@ -243,7 +245,8 @@ struct Call {
     p.q_lengths = integers(q_lengths), p.k_lengths = integers(k_lengths);
     p.q_start = c.start, p.q_starts = integers(q_starts);
     p.left = c.left, p.right = c.right;
-    p.mask = view_of(mask, shape_of(c.mask, c.Sq, c.Sk));
+    p.mask = {mask.empty() ? nullptr : mask.data(), {}};
+    std::copy(mask_stride.begin(), mask_stride.end(), p.mask.stride);
     p.tiles = view_of(tiles, shape_of(c.tiles, tile_count(c.Sq), tile_count(c.Sk))), p.bits = integers(bits);
     p.end_tile = kFirstPartialTile + int32_t(bits.size() / kMaskTile);
     p.scale = c.scale, p.softcap = c.softcap;
@@ -272,6 +275,30 @@ struct Call {
     const auto stride = [&](int n, int64_t size) { return s[size_t(n)] == 1 ? 0 : size; };
     return {x.empty() ? nullptr : x.data(),
             {stride(0, s[1] * s[2] * s[3]), stride(1, s[2] * s[3]), stride(2, s[3]), stride(3, 1)}};
+  }
+
+  // Column by column, or with a byte after each element that says the opposite of the next.
+  void lay_out_mask() {
+    if (mask.empty()) return;
+    const Shape shape = shape_of(c.mask, c.Sq, c.Sk);
+    const View rows = view_of(mask, shape);
+    std::copy(rows.stride, rows.stride + 4, mask_stride.begin());
+    const std::vector<unsigned char> by_rows = mask;
+    if (c.layout == Layout::heads_inside) {
+      mask.resize(2 * by_rows.size() - 1);
+      for (size_t x = 0; x < by_rows.size(); ++x) {
+        if (x) mask[2 * x - 1] = !by_rows[x];
+        mask[2 * x] = by_rows[x];
+      }
+      for (int64_t& stride : mask_stride) stride *= 2;
+    } else if (c.layout == Layout::columns && shape[2] > 1 && shape[3] > 1) {
+      const int64_t size = shape[2] * shape[3];
+      for (size_t x = 0; x < mask.size(); ++x) {
+        const int64_t pair = int64_t(x) % size, i = pair / shape[3], j = pair % shape[3];
+        mask[x - size_t(pair) + size_t(j * shape[2] + i)] = by_rows[x];
+      }
+      mask_stride[2] = 1, mask_stride[3] = shape[2];
+    }
   }
 
   // Packed sequences, the second of no queries and the last of no keys, lie between rows of nobody's.

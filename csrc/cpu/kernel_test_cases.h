@@ -30,7 +30,8 @@ inline std::vector<Case> features_of(const Case& plain) {
   for (Dims dims : {"ij", "bij", "hij", "bhij"}) add([&](Case& c) { c.tiles = dims; });
   for (Dims dims : {"1", "b", "h", "i", "j", "ij", "bhij"}) add([&](Case& c) { c.bias = dims, c.bias_f32 = true; });
   for (Dims dims : {"ij", "bhij"}) add([&](Case& c) { c.bias = dims; });
-  for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.mask = dims; });
+  for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
+    for (Dims dims : {"bhij", "j", "i", "b"}) add([&](Case& c) { c.layout = layout, c.mask = dims; });
   add([&](Case& c) { c.packed = true; });
   add([&](Case& c) { c.packed = c.poison = true, c.B = 4, c.right = 0; });
   add([&](Case& c) { c.starts = true, c.left = 9, c.right = 1; });

@@ -93,6 +93,13 @@ template <class V>
 HEEDFUL_FN V maximum(V a, V b) {
   return a > b ? a : b;
 }
+template <class V>
+HEEDFUL_FN bool any(V mask) {
+  using T = decltype(mask[0] + 0);
+  T bits = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); ++i) bits |= mask[i];
+  return bits != 0;
+}
 // Of all lanes, in a fixed order: halves are joined until one lane is left.
 template <int kStep, class V, int... kLane>
 HEEDFUL_FN V other_half(V v, LaneList<kLane...>) {
@@ -119,8 +126,9 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
 // 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0, but no less than the smallest normal number.
-// x factor = n + r with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the exponent's
-// bias rounds to n, and leaves the exponent in the low bits. With a fused multiply-add x factor is never rounded itself.
+// x factor = n + r with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the
+// exponent's bias rounds to n, and leaves the exponent in the low bits. With a fused multiply-add x factor is never
+// rounded itself.
 template <class T>
 struct Exp2;
 template <>
@@ -298,25 +306,6 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
   return (Vec<float>)(sign | select(special, magnitude | 0x7f800000, (Vec<int32_t>)scaled));
 #endif
 }
-template <class C>
-HEEDFUL_FN Vec<C> load_as(const bool* p, C) {
-  // The conversion below would be compiled element by element.
-#if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
-  if constexpr (kLanes<C> == 16)
-    return __builtin_convertvector((Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)),
-                                   Vec<C>);
-#endif
-#if defined(__AVX2__)
-  if constexpr (kLanes<C> == 8) {
-    typedef int32_t Eight __attribute__((vector_size(32)));
-    return __builtin_convertvector((Eight)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), Vec<C>);
-  }
-#endif
-  typename VectorOf<uint8_t, kLanes<C>>::type bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Vec<C>);
-}
-
 // One element, for edges.
 HEEDFUL_FN float bits_to_float(uint32_t bits) {
   float x;
@@ -330,7 +319,6 @@ HEEDFUL_FN uint32_t float_to_bits(float x) {
 }
 HEEDFUL_FN float to_compute(float x) { return x; }
 HEEDFUL_FN double to_compute(double x) { return x; }
-HEEDFUL_FN float to_compute(bool x) { return x; }
 HEEDFUL_FN float to_compute(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 HEEDFUL_FN float to_compute(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;

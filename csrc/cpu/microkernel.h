@@ -64,8 +64,8 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     }
 }
 
-// Rows of C that a tile of kN vectors takes at most, and the step in which it takes fewer: narrow ones have more rows, or
-// there would be too few accumulators.
+// Rows of C that a tile of kN vectors takes at most, and the step in which it takes fewer: narrow ones have more rows,
+// or there would be too few accumulators.
 template <int kN>
 constexpr int kRowStep = kVectors / kN >= 2 ? 2 : 1;
 

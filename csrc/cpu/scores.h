@@ -1,27 +1,17 @@
 // From products q . k to scores, a tile at a time, for the forward kernel (queries in lanes) and the backward one (keys
-// in lanes): softcap, biases, masks; and dropout's factors. What each feature means stands in score/.
+// in lanes): softcap, biases, masks (masks.h); and dropout's factors. What each feature means stands in score/.
 #pragma once
 
 #include "../score/bias.h"
-#include "../score/blocks.h"
 #include "../score/distance.h"
 #include "../score/dropout.h"
-#include "../score/mask.h"
 #include "../score/sink.h"
 #include "../score/softcap.h"
 #include "../score/softmax.h"
+#include "masks.h"
 #include "operands.h"
 
 namespace heedful::HEEDFUL_TARGET {
-
-// Queries [i0, i1) x keys [j0, j1) of one head.
-struct Tile {
-  int64_t b, h, i0, i1, j0, j1;
-  const int64_t* bits = nullptr;  // of its part of a block mask; null where all are set
-  bool masked = false;            // whether the bool mask forbids some of its pairs
-};
-
-enum class InLanes { queries, keys };
 
 // Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
 // maximum or lse, and that loses least when it is taken before any scale. Whatever is added to scores needs them
@@ -50,62 +40,28 @@ HEEDFUL_FN Sum<E> query_scale(const Problem& p, int64_t b, int64_t h) {
   return scales_first(p) && !scales_products<E>(p) ? scale_of<Sum<E>>(p, b, h) : Sum<E>(1);
 }
 
-// Whether the bool mask allows any pair of the tile, and whether all. Where it allows some, a few pairs tell as a rule.
-HEEDFUL_CALLED void look_at_mask(const Problem& p, const Tile& t, bool* any, bool* all) {
-  const bool* first = static_cast<const bool*>(p.mask.data) + t.b * p.mask.stride[0] + t.h * p.mask.stride[1] +
-                      t.i0 * p.mask.stride[2] + t.j0 * p.mask.stride[3];
-  // Broadcast dimensions have one element.
-  const int64_t rows = p.mask.stride[2] == 0 ? 1 : t.i1 - t.i0, columns = p.mask.stride[3] == 0 ? 1 : t.j1 - t.j0;
-  constexpr uint64_t kOnes = 0x0101010101010101;
-  *any = false, *all = true;
-  for (int64_t r = 0; r < rows && !(*any && !*all); ++r) {
-    const bool* row = first + r * p.mask.stride[2];
-    int64_t c = 0;
-    if (p.mask.stride[3] == 1)
-      for (; c + 8 <= columns; c += 8) {
-        uint64_t eight;
-        __builtin_memcpy(&eight, row + c, 8);
-        *any |= eight != 0, *all &= eight == kOnes;
-      }
-    for (; c < columns; ++c) {
-      const bool one = row[c * p.mask.stride[3]];
-      *any |= one, *all &= one;
-    }
-  }
-}
-
-// Whether the block mask and the bool mask leave any pair of the tile. Sets what is left of them.
-inline bool find_masks(const Problem& p, Tile* t) {
-  const int32_t in_blocks = mask_tile(p, t->b, t->h, t->i0, t->j0);
-  if (in_blocks == kEmptyTile) return false;
-  t->bits = mask_bits(p, in_blocks);
-  if (!p.mask.data) return true;
-  bool any, all;
-  look_at_mask(p, *t, &any, &all);
-  t->masked = !all;
-  return any;
-}
-
 // Whether every pair of the tile keeps the score that the product gave.
 template <class E>
 HEEDFUL_FN bool is_plain(const Problem& p, const Band& band, const Tile& t) {
-  return !t.masked && !t.bits && !p.bias.data && !has_distances(p) && p.softcap == 0 && !scales_products<E>(p) &&
+  return !t.words && !p.bias.data && !has_distances(p) && p.softcap == 0 && !scales_products<E>(p) &&
          band.covers(t.i0, t.i1, t.j0, t.j1);
 }
 
 // A tile's worth of what scores are made of: rows x width. Null where a feature is absent.
 template <class C>
 struct ScoreParts {
-  C *bias, *mask, *slopes, *keep;  // slopes: the derivatives of capped scores, where they are wanted
-  C* distances;                    // one for each diagonal of a tile of several such panels, `lanes` in all
+  C *slopes, *keep;  // slopes: the derivatives of capped scores, where they are wanted
+  // Of a tile of several such panels, `lanes` in all:
+  C* distances;                  // one for each diagonal
+  uint64_t (*words)[kMaskTile];  // what masks leave
 
   ScoreParts(const Problem& p, Carver& carve, int64_t rows, int64_t width, int64_t lanes, bool derivatives) {
     constexpr int n = kLanes<C>;
-    bias = p.bias.data ? carve.take<C>(rows * width) : nullptr;
-    mask = p.mask.data ? carve.take<C>(rows * width) : nullptr;
     slopes = derivatives && p.softcap != 0 ? carve.take<C>(rows * width) : nullptr;
     keep = has_dropout(p) ? carve.take<C>((rows + n) * width) : nullptr;
     distances = has_distances(p) ? carve.take<C>(rows + lanes + n) : nullptr;
+    words = p.mask.data || p.tiles.data ? carve.take<uint64_t[kMaskTile]>((most(rows, lanes) + kWord - 1) / kWord)
+                                        : nullptr;
   }
   ScoreParts() = default;
 };
@@ -119,14 +75,54 @@ HEEDFUL_FN Source<S> under(const View& view, const Tile& t) {
                                       : Source<S>{data, view.stride[2], view.stride[3]};
 }
 
+// s += bias of the tile.
+template <class C, class S>
+HEEDFUL_CALLED void add_bias_tile(C* s, int64_t stride, Source<S> bias, int64_t rows, int64_t lanes, int64_t width) {
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+  for_each_vector<C>(bias, rows, lanes, width, [&](int64_t r, int64_t l, Vec<C> x) {
+    C* to = s + r * stride + l;
+    store(to, add_bias(load(to), x, minus_infinity));
+  });
+}
+
 template <InLanes in_lanes, class C>
-HEEDFUL_FN void load_bias(C* to, int64_t width, const Problem& p, const Tile& t, int64_t rows, int64_t lanes) {
-  const auto load = [&](auto element) {
-    load_tile<C>(to, width, under<in_lanes, decltype(element)>(p.bias, t), rows, lanes, width, C(1));
+HEEDFUL_FN void add_bias_to(C* s, int64_t stride, const Problem& p, const Tile& t, int64_t rows, int64_t lanes,
+                            int64_t width) {
+  const auto add = [&](auto element) {
+    add_bias_tile(s, stride, under<in_lanes, decltype(element)>(p.bias, t), rows, lanes, width);
   };
-  if (p.bias_dtype == DType::f32) return load(float());
-  if constexpr (sizeof(C) == 8) return load(double());
-  if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? load(BFloat16()) : load(Float16());
+  if (p.bias_dtype == DType::f32) return add(float());
+  if constexpr (sizeof(C) == 8) return add(double());
+  if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? add(BFloat16()) : add(Float16());
+}
+
+// ---- biases on their way --------------------------------------------------------------------------------------------
+
+// Rows of memory so far apart that the processor does not guess the next.
+struct RowsAhead {
+  const char* data = nullptr;
+  int64_t rows, stride, bytes;  // from row to row; of a row
+};
+// The limits of a sum that is all of it; with each tile of the product's rows comes as large a part of `ahead`, to the
+// second cache: strides of 4096 have few places in the first.
+struct SumMeanwhile {
+  int64_t count, product_rows;
+  RowsAhead ahead;
+  HEEDFUL_FN int64_t first(int64_t row, int64_t row_end) const {
+    if (ahead.data)
+      for (int64_t r = row * ahead.rows / product_rows; r < row_end * ahead.rows / product_rows; ++r)
+        for (int64_t x = 0; x < ahead.bytes; x += 64) __builtin_prefetch(ahead.data + r * ahead.stride + x, 0, 2);
+    return 0;
+  }
+  HEEDFUL_FN int64_t end(int64_t, int64_t) const { return count; }
+};
+HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+// A tile's part of a [B, Hq, Sq, Sk] tensor of elements of `size` bytes. Nothing comes of rows that lie otherwise.
+HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t size, const Tile& t) {
+  if (!view.data || view.stride[3] != 1) return {};
+  const int64_t at = t.b * view.stride[0] + t.h * view.stride[1] + t.i0 * view.stride[2] + t.j0;
+  const int64_t rows = view.stride[2] == 0 ? 1 : t.i1 - t.i0;
+  return {static_cast<const char*>(view.data) + at * size, rows, view.stride[2] * size, (t.j1 - t.j0) * size};
 }
 
 // ---- distances ------------------------------------------------------------------------------------------------------
@@ -187,7 +183,6 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
                                  const ScoreParts<C>& parts, const C* distances) {
   constexpr int n = kLanes<C>;
   constexpr bool queries_in_lanes = in_lanes == InLanes::queries;
-  using I = Int<C>;
   const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
   const int64_t rows = queries_in_lanes ? keys : queries, lanes = queries_in_lanes ? queries : keys;
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
@@ -200,61 +195,12 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
     each([&](Vec<C> x, int64_t, int64_t) { return x * scale; });
   }
   if (p.softcap != 0) cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
-  if (parts.bias) {
-    load_bias<in_lanes, C>(parts.bias, width, p, t, rows, lanes);
-    each([&](Vec<C> x, int64_t r, int64_t l) { return add_bias(x, load(parts.bias + r * width + l), minus_infinity); });
-  }
+  if (p.bias.data) add_bias_to<in_lanes>(s, stride, p, t, rows, lanes, width);
   if (distances)
     each([&](Vec<C> x, int64_t r, int64_t l) {
       return add_bias(x, load(distances + (rows - 1 - r) + l), minus_infinity);
     });
-
-  const bool banded = !band.covers(t.i0, t.i1, t.j0, t.j1);
-  if (!banded && !t.bits && !t.masked) return;
-  const C* mask = t.masked ? parts.mask : nullptr;
-  if (mask) load_tile<C>(parts.mask, width, under<in_lanes, bool>(p.mask, t), rows, lanes, width, C(1));
-  // The keys that each query sees, counted from j0.
-  const auto first_key = [&](int64_t i) { return I(clamp(band.first_key(i) - t.j0, 0, keys)); };
-  const auto end_key = [&](int64_t i) { return i < band.queries ? I(clamp(band.end_key(i) - t.j0, 0, keys)) : I(0); };
-  // Bits of a block mask: a query's word, and where its first key is in there.
-  const int64_t *words = t.bits ? t.bits + t.i0 % kMaskTile : nullptr, bit0 = t.j0 % kMaskTile;
-  for (int64_t l = 0; l < width; l += n) {
-    Vec<I> first{}, end{}, low_word{}, high_word{};
-    const Vec<I> lane_index = iota<I>() + I(l);
-    if (queries_in_lanes && banded)
-      for (int i = 0; i < n; ++i) {
-        first[i] = l + i < queries ? first_key(t.i0 + l + i) : I(0);
-        end[i] = l + i < queries ? end_key(t.i0 + l + i) : I(0);
-      }
-    if (queries_in_lanes && words)
-      for (int i = 0; i < n; ++i) {
-        const int64_t word = l + i < queries ? words[l + i] : 0;
-        low_word[i] = I(word);
-        high_word[i] = I(word >> 32);
-      }
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec<I> allowed = ~Vec<I>{};
-      if (banded) {
-        if constexpr (queries_in_lanes)
-          allowed = in_band(allowed, broadcast<I>(I(r)), first, end);
-        else
-          allowed = in_band(allowed, lane_index, broadcast<I>(first_key(t.i0 + r)), broadcast<I>(end_key(t.i0 + r)));
-      }
-      if (words) {
-        if constexpr (!queries_in_lanes) {
-          // Past the tile's keys there are no bits to count; what lies there is never used.
-          const I word = bit0 + l < kMaskTile ? I(uint64_t(words[r]) >> (bit0 + l)) : I(0);
-          allowed &= bit_is_set<8 * sizeof(I)>(broadcast<I>(word), iota<I>());
-        } else {
-          const int at = int(bit0 + r);
-          allowed &= bit_is_set<8 * sizeof(I)>(at < 32 || sizeof(I) == 8 ? low_word : high_word,
-                                               I(sizeof(I) == 8 ? at : at % 32));
-        }
-      }
-      if (mask) allowed &= load(mask + r * width + l) != Vec<C>{};
-      store(s + r * stride + l, select(allowed, load(s + r * stride + l), minus_infinity));
-    }
-  }
+  apply_masks<in_lanes>(band, t, s, stride, width);
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------

@@ -57,51 +57,47 @@ struct Source {
   int64_t row_stride, lane_stride;
 };
 
-// to[r * to_stride + l] = scale * from(r, l); lanes from `lanes` to `width`, a multiple of the vector, become zero.
+// `count` elements, then zeros.
 template <class C, class S>
-HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t lanes, int64_t width,
-                              C scale) {
+HEEDFUL_FN Vec<C> load_some(const S* data, int64_t stride, int64_t count) {
   constexpr int n = kLanes<C>;
-  const Vec<C> scales = broadcast<C>(scale);
-  const auto edge = [&](int64_t r0, int64_t r1, int64_t l0, int64_t l1) {
-    for (int64_t r = r0; r < r1; ++r)
-      for (int64_t l = l0; l < l1; ++l)
-        to[r * to_stride + l] =
-            l < lanes ? C(to_compute(from.data[r * from.row_stride + l * from.lane_stride])) * scale : C(0);
-  };
-  if (lanes <= 0) {
-    edge(0, rows, 0, width);  // zeros alone: there may be nothing to read
-  } else if (from.lane_stride == 0) {
-    const int64_t whole = lanes / n * n;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec<C> x = broadcast<C>(C(to_compute(from.data[r * from.row_stride])) * scale);
-      for (int64_t l = 0; l < whole; l += n) store(to + r * to_stride + l, x);
-    }
-    edge(0, rows, whole, width);
-  } else if (from.lane_stride == 1) {
-    const int64_t whole = lanes / n * n;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t l = 0; l < whole; l += n)
-        store(to + r * to_stride + l, scales * load_as(from.data + r * from.row_stride + l, C()));
-    edge(0, rows, whole, width);
-  } else if (from.row_stride == 1) {
-    const int64_t whole_rows = rows / n * n;
-    for (int64_t l = 0; l < width; l += n) {
-      const int64_t present = clamp(lanes - l, 0, n);
-      for (int64_t r = 0; r < whole_rows; r += n) {
+  if (count >= n && stride == 1) return load_as(data, C());
+  if (count >= n && stride == 0) return broadcast<C>(C(to_compute(*data)));
+  alignas(HEEDFUL_VECTOR_BYTES) C x[n] = {};
+  for (int i = 0; i < n && i < count; ++i) x[i] = C(to_compute(data[i * stride]));
+  return load(x);
+}
+
+// f(r, l, x) for every vector x of a tile, of row r and the lanes l and on; lanes from `lanes` to `width`, a multiple
+// of the vector, are zero.
+template <class C, class S, class F>
+HEEDFUL_FN void for_each_vector(Source<S> from, int64_t rows, int64_t lanes, int64_t width, F f) {
+  constexpr int n = kLanes<C>;
+  int64_t r = 0;
+  if (from.row_stride == 1 && from.lane_stride > 1)
+    for (; r + n <= rows; r += n)
+      for (int64_t l = 0; l < width; l += n) {
+        const int64_t present = clamp(lanes - l, 0, n);
         Vec<C> square[n];
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i)
-          square[i] = i < present ? scales * load_as(from.data + r + (l + i) * from.lane_stride, C()) : Vec<C>{};
+          square[i] = i < present ? load_as(from.data + r + (l + i) * from.lane_stride, C()) : Vec<C>{};
         transpose<C>(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) store(to + (r + i) * to_stride + l, square[i]);
+        for (int i = 0; i < n; ++i) f(r + i, l, square[i]);
       }
-    }
-    edge(whole_rows, rows, 0, width);
-  } else {
-    edge(0, rows, 0, width);
-  }
+  for (; r < rows; ++r)
+    for (int64_t l = 0; l < width; l += n)
+      f(r, l, load_some<C>(from.data + r * from.row_stride + l * from.lane_stride, from.lane_stride, lanes - l));
+}
+
+// to[r * to_stride + l] = scale * from(r, l), as above.
+template <class C, class S>
+HEEDFUL_CALLED void load_tile(C* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t lanes, int64_t width,
+                              C scale) {
+  const Vec<C> scales = broadcast<C>(scale);
+  for_each_vector<C>(from, rows, lanes, width,
+                     [&](int64_t r, int64_t l, Vec<C> x) { store(to + r * to_stride + l, scales * x); });
 }
 
 // Rows whose lanes are contiguous.

@@ -23,10 +23,4 @@ HEEDFUL_FN const int64_t* mask_bits(const Problem& p, int32_t tile) {
   return tile < kFirstPartialTile ? nullptr : p.bits + (tile - kFirstPartialTile) * kMaskTile;
 }
 
-// All ones where bit `at` of the lane's word of kBits is set: it is shifted to the sign and smeared over the lane.
-template <int kBits, class Word, class At>
-HEEDFUL_FN Word bit_is_set(Word word, At at) {
-  return (word << (kBits - 1 - at)) >> (kBits - 1);
-}
-
 }  // namespace heedful::HEEDFUL_TARGET

@@ -68,11 +68,4 @@ HEEDFUL_FN int64_t key_index(const Problem& p, const Band& band, int64_t hk) {
 HEEDFUL_FN int64_t query_count(const Problem& p) { return (p.q_offsets ? 1 : p.B) * p.Hq * p.q_rows; }
 HEEDFUL_FN int64_t key_count(const Problem& p) { return (p.k_offsets ? 1 : p.B) * p.Hk * p.k_rows; }
 
-// allowed & (first <= x < end), lane by lane: x is a key and the bounds are those of the lanes' queries, or x runs over
-// the lanes' keys and the bounds are one query's.
-template <class Mask, class X, class Bound>
-HEEDFUL_FN Mask in_band(Mask allowed, X x, Bound first, Bound end) {
-  return allowed & (x >= first) & (x < end);
-}
-
 }  // namespace heedful::HEEDFUL_TARGET
