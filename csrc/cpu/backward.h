@@ -17,6 +17,7 @@
 // over those itself, in order: nobody else adds to its part of the bias gradient.
 #pragma once
 
+#include "bias_gradients.h"
 #include "embedding.h"
 #include "hard.h"
 #include "kernels.h"
@@ -392,8 +393,8 @@ struct Backward {
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, stride, p, band, t);
     for_each_panel<C>(padded<C>(keys),
                       [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, rows, l, careful); });
-
-    if (w.distances && !s.parts.slopes) add_to_distances(t, s.ds);  // else done before dS met the cap's slopes
+    if (w.distances && !s.parts.slopes)  // else done before dS met the cap's slopes
+      add_to_distances<C>(p, band, t, s.ds, stride, distance_sums(p, w, b, group, t.h));
 
     if constexpr (kBFloat16x2) {
       join_rows(s.weights, stride, s.p, stride, queries, padded<C>(keys));
@@ -459,8 +460,9 @@ struct Backward {
       gradients<kN, false>(prob, grad, r0, r1, state, to_log2, absent);
     else
       gradients<kN, true>(prob, grad, r0, r1, state, to_log2, absent);
-    if (p.dbias.data) add_to_bias(panel, grad + r0 * stride);
-    if (s.parts.slopes && w.distances) add_to_distances(panel, grad + r0 * stride);
+    if (p.dbias.data) add_to_bias<C>(p, panel, grad + r0 * stride, stride);
+    if (s.parts.slopes && w.distances)
+      add_to_distances<C>(p, band, panel, grad + r0 * stride, stride, distance_sums(p, w, b, group, t.h));
     if (s.parts.slopes) scale_pairs(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
     if (s.parts.keep) drop(prob + r0 * stride, stride, s.parts.keep, int64_t{width}, r1 - r0);
   }
@@ -495,47 +497,6 @@ struct Backward {
         store(x, probability);
         store(y, gradient);
       }
-  }
-
-  // d(bias) += dS over the tile; a stride of 0 sums along that dimension.
-  void add_to_bias(const Tile& t, const C* grad) const {
-    const int64_t stride = lanes_k(), keys = t.j1 - t.j0, whole = keys / n * n;
-    for (int64_t i = t.i0; i < t.i1; ++i, grad += stride) {
-      C* to = row_of<C>(p.dbias, b, t.h, i) + t.j0 * p.dbias.stride[3];
-      if (p.dbias.stride[3] == 0) {
-        Vec<C> sum = {};
-        for (int64_t j = 0; j < whole; j += n) sum = add_bias_gradient(sum, load(grad + j));
-        C rest = 0;
-        for (int64_t j = whole; j < keys; ++j) rest = add_bias_gradient(rest, grad[j]);
-        *to += sum_lanes<C>(sum) + rest;
-      } else {
-        for (int64_t j = 0; j < whole; j += n) store(to + j, add_bias_gradient(load(to + j), load(grad + j)));
-        for (int64_t j = whole; j < keys; ++j) to[j] = add_bias_gradient(to[j], grad[j]);
-      }
-    }
-  }
-
-  // The tile's diagonals are added up first, a vector of them at a time; each has one distance.
-  void add_to_distances(const Tile& t, const C* grad) const {
-    const int64_t stride = lanes_k(), rows = t.i1 - t.i0, keys = t.j1 - t.j0, diagonals = rows + keys - 1;
-    const DistanceBias<C> bias(p, b, t.h);
-    double *sums = distance_sums(p, w, b, group, t.h), slope = 0;
-    for (int64_t x = 0; x < diagonals; x += n) {
-      Vec<C> sum = {};
-      const int64_t at_first_key = rows - 1 - x;  // the row in which diagonal x meets it
-      for (int64_t r = most<int64_t>(at_first_key - n + 1, 0); r < least(rows, at_first_key + keys); ++r) {
-        const int64_t key = r - at_first_key;
-        Vec<C> ds = load(grad + r * stride + key);  // what lies beside the tile is scratch too
-        if (key < 0 || key + n > keys) {
-          const Vec<Int<C>> each = iota<Int<C>>() + Int<C>(key);
-          ds = select((each >= 0) & (each < Int<C>(keys)), ds, Vec<C>{});
-        }
-        sum += ds;
-      }
-      for (int64_t l = 0; l < least<int64_t>(n, diagonals - x); ++l)
-        bias.add_gradient(diagonal_distance<InLanes::keys>(band, t, x + l), sum[l], &slope, sums + 1);
-    }
-    sums[0] += slope;
   }
 
   // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do

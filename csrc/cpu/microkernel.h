@@ -1,5 +1,5 @@
 // The one matrix kernel: C[m][n] (+)= sum_k A[m][k] * B[k][n], with n in lanes and A's elements broadcast.
-// A block of kRows x kVectors accumulators stays in registers for the whole sum.
+// A block of kRows x kVectors accumulators, or of more rows and fewer vectors, stays in registers for the whole sum.
 #pragma once
 
 #include "operands.h"
@@ -64,8 +64,8 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     }
 }
 
-// Rows of C that a tile of kN vectors takes at most, and the step in which it takes fewer: narrow ones have more rows,
-// or there would be too few accumulators.
+// Rows that a tile of kN vectors takes at a time, up to kRows of them: narrow tiles take two, or they would have too
+// few accumulators to hide the latency.
 template <int kN>
 constexpr int kRowStep = kVectors / kN >= 2 ? 2 : 1;
 
