@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -248,6 +249,17 @@ Normalizer normalizer_of(const std::string& name) {
   fail("normalizer", "\"softmax\" or \"hard\"", "\"" + name + "\"");
 }
 
+// As torch::stable::new_empty, which looks its operator up by name: that takes longer than a small call's kernel.
+template <size_t n>
+Tensor empty(const Tensor& like, int32_t dtype, const int64_t (&sizes)[n], const int64_t (&strides)[n]) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 ScalarType compute_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -266,10 +278,18 @@ View broadcast_view(const Tensor& tensor) {
 }
 
 Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_t dim) {
-  const int64_t batch = like.size(0);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(like, Shape{batch, rows, heads, dim}), 1, 2);
-  return torch::stable::new_empty(like, Shape{batch, heads, rows, dim});
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int64_t sizes[] = {like.size(0), heads, rows, dim};
+  const auto [h, r, d] = std::array{std::max<int64_t>(heads, 1), std::max<int64_t>(rows, 1), std::max<int64_t>(dim, 1)};
+  if (like.stride(1) < like.stride(2)) return empty(like, dtype, sizes, {h * r * d, d, h * d, 1});
+  return empty(like, dtype, sizes, {h * r * d, r * d, d, 1});
+}
+
+Tensor empty_lse(const Tensor& q, int64_t heads, int64_t rows, DType dtype) {
+  const int64_t sizes[] = {q.size(0), heads, rows}, r = std::max<int64_t>(rows, 1);
+  return empty(q, dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), sizes,
+               {std::max<int64_t>(heads, 1) * r, r, 1});
 }
 
 Call check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Arguments& a, Memory memory) {

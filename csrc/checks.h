@@ -49,6 +49,9 @@ torch::headeronly::ScalarType compute_type(DType dtype);
 // A new [B, H, S, D] tensor with the memory order of `like`: heads inside the sequence where they are so there.
 Tensor empty_like_layout(const Tensor& like, int64_t heads, int64_t rows, int64_t dim);
 
+// [B, heads, rows] of the compute type.
+Tensor empty_lse(const Tensor& q, int64_t heads, int64_t rows, DType dtype);
+
 View view_of(const Tensor& tensor);
 // The same, with strides of 0 where `tensor` has a size of 1.
 View broadcast_view(const Tensor& tensor);

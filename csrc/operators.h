@@ -60,8 +60,7 @@ std::tuple<Tensor, Tensor> attention_forward(
       Device::kMemory);
   Problem& p = call.problem;
   const Tensor out = empty_like_layout(q, p.Hq, p.q_rows, p.Dv);
-  const Tensor lse =
-      torch::stable::new_empty(q, std::vector<int64_t>{q.size(0), p.Hq, p.q_rows}, compute_type(p.dtype));
+  const Tensor lse = empty_lse(q, p.Hq, p.q_rows, p.dtype);
   fill_between_sequences(call, out, p.q_offsets, p.q_rows, 0);
   fill_between_sequences(call, lse, p.q_offsets, p.q_rows, -INFINITY);
   p.out = view_of(out);
