@@ -242,12 +242,13 @@ struct Forward {
   template <int kN, bool masked, bool mark>
   HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, C* rescale) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    C* const scores = s.scores;  // which no store may change
     Vec<C> reference[kN], sum[kN], top[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) top[v] = minus_infinity;
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
+      for (int v = 0; v < kN; ++v) top[v] = maximum(load(scores + (j * kN + v) * n), top[v]);
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
       top[v] = maximum(top[v], load(s.maximum + l + v * n));
@@ -260,7 +261,7 @@ struct Forward {
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kN; ++v) {
-        C* score = s.scores + (j * kN + v) * n;
+        C* score = scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
         const auto absent = x == minus_infinity;
         Vec<C> y = exp2<C>(x - reference[v], to_log2);
