@@ -395,7 +395,6 @@ struct Backward {
                       [&](int64_t l, auto vectors) { score_panel<vectors.value>(t, rows, l, careful); });
     if (w.distances && !s.parts.slopes)  // else done before dS met the cap's slopes
       add_to_distances<C>(p, band, t, s.ds, stride, distance_sums(p, w, b, group, t.h));
-
     if constexpr (kBFloat16x2) {
       join_rows(s.weights, stride, s.p, stride, queries, padded<C>(keys));
       join_rows(s.grads, stride, s.ds, stride, queries, padded<C>(keys));
@@ -489,6 +488,7 @@ struct Backward {
         // No score is above lse, but for rounding, which for huge scores is huge.
         const Vec<C> above = score - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
         Vec<C> probability = exp2<C>(distance, to_log2) * state[r].weight;
+        if (masked) probability = select(score == minus_infinity, Vec<C>{}, probability);  // or dS is subnormal: slow
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {
           probability = select(score == minus_infinity, absent, probability);
