@@ -79,6 +79,7 @@ PER_SEQUENCE = ("out", "lse", "dq", "dk", "dv")
         causal((5, 2, 2, 197, 300, 16, 16)),
         causal((5, 1, 1, 1, 700, 32, 32)),
         causal((5, 1, 1, 600, 600, 8, 8), bias="hqk"),
+        Case((5, 1, 1, 70, 512, 8, 8), bias="bhqk"),
         Case((5, 2, 1, 70, 150, 16, 24), bias="bk", mask="bhqk"),
         Case((5, 2, 1, 70, 150, 16, 24), q_starts=(0, 80, -30, 500, 7), left=60, right=0),
         Case((5, 2, 2, 129, 300, 16, 16), k_lengths=(300, 0, 1, 200, 129), q_lengths=(1, 129, 70, 64, 65)),

@@ -70,7 +70,7 @@ struct Backward {
   // Group g takes the blocks g, g + groups, and so on: under a causal mask their work is nearly the same. A bias's
   // gradient that is summed over the batch wants each block in the same group for all sequences.
   static int64_t groups(const Problem& p, int64_t keys) {
-    const int64_t least_blocks = sums_batch(p) ? 1 : 2;
+    const int64_t least_blocks = p.dbias.data ? 1 : 2;  // whether it sums the batch or not: the bits are the same
     return clamp((blocks(p, keys) + least_blocks - 1) / least_blocks, 1, most_groups(p));
   }
   // Of any sequence of this problem.
@@ -441,10 +441,10 @@ struct Backward {
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
     multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width,
                                         prob, stride, width, s.dk,
-                                        SumMeanwhile{dim, r1 - r0, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
+                                        SumMeanwhile{dim, r0, r1 - r0, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
     multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv),
                                         width, grad, stride, width, s.dk,
-                                        SumMeanwhile{p.Dv, r1 - r0, ahead_of(p.dbias, sizeof(C), panel)});
+                                        SumMeanwhile{p.Dv, r0, r1 - r0, ahead_of(p.dbias, sizeof(C), panel)});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,

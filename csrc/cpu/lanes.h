@@ -111,12 +111,6 @@ HEEDFUL_FN T sum_lanes(Vec<T> v) {
   if constexpr (kStep > 1) return sum_lanes<T, kStep / 2>(v);
   return v[0];
 }
-template <class T, int kStep = kLanes<T> / 2>
-HEEDFUL_FN T highest_lane(Vec<T> v) {
-  v = maximum(other_half<kStep>(v, typename LanesUpTo<kLanes<T>>::list{}), v);
-  if constexpr (kStep > 1) return highest_lane<T, kStep / 2>(v);
-  return v[0];
-}
 // All ones where a lane is infinite or NaN.
 template <class T>
 HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
@@ -220,7 +214,7 @@ HEEDFUL_FN Vec<double> tanh(Vec<double> x) {
   return select(far, above, p) / select(far, y + 1.0, q);
 }
 
-// 1 - tanh(x)^2 = 4 y / (1 + y)^2, y = exp(-2 |x|), exact to rounding however small it is.
+// 1 - tanh(x)^2 = 4 y / (1 + y)^2, y = exp(-2 |x|), exact to rounding down to 2^-123.
 template <class T>
 HEEDFUL_FN Vec<T> tanh_slope_of(Vec<T> x) {
   const Vec<T> magnitude = x < Vec<T>{} ? -x : x;

@@ -15,11 +15,11 @@ namespace heedful::HEEDFUL_TARGET {
 
 // Scores leave the product as q . k, and stay so where only masks follow: what counts is their distance from the row's
 // maximum or lse, and that loses least when it is taken before any scale. Whatever is added to scores needs them
-// scaled, a scale below 0 turns their order around, and one near 0 would push lse / scale out of range: then it is q
-// that is scaled, on loading, or the products are.
+// scaled, a scale below 0 turns their order around, and one near 0 or infinity would push lse / scale or its own
+// inverse out of range: then it is q that is scaled, on loading, or the products are.
 inline bool scales_first(const Problem& p) {
   return p.bias.data || p.scales.data || p.sinks.data || p.softcap != 0 || has_distances(p) ||
-         p.similarity != Similarity::dot || p.normalizer == Normalizer::hard || !(p.scale > 1e-20);
+         p.similarity != Similarity::dot || p.normalizer == Normalizer::hard || !(p.scale > 1e-20 && p.scale < 1e20);
 }
 // What one unit of a score is worth then, in natural units.
 inline double score_unit(const Problem& p) { return scales_first(p) ? 1.0 : p.scale; }
@@ -106,11 +106,12 @@ struct RowsAhead {
 // The limits of a sum that is all of it; with each tile of the product's rows comes as large a part of `ahead`, to the
 // second cache: strides of 4096 have few places in the first.
 struct SumMeanwhile {
-  int64_t count, product_rows;
+  int64_t count, first_row, product_rows;
   RowsAhead ahead;
   HEEDFUL_FN int64_t first(int64_t row, int64_t row_end) const {
+    const int64_t begin = row - first_row, end = row_end - first_row;
     if (ahead.data)
-      for (int64_t r = row * ahead.rows / product_rows; r < row_end * ahead.rows / product_rows; ++r)
+      for (int64_t r = begin * ahead.rows / product_rows; r < end * ahead.rows / product_rows; ++r)
         for (int64_t x = 0; x < ahead.bytes; x += 64) __builtin_prefetch(ahead.data + r * ahead.stride + x, 0, 2);
     return 0;
   }
