@@ -5,9 +5,9 @@
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
 //                                                                             dQ[i][d]   += sum_key dS[i][key] scale
 //                                                                             K[key][d]
-// Phases: 1. delta_i = sum_d dO O - dlse_i, and lse in the scores' units;  2. everything above, one task for each
-// (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the gradients of
-// parameters.
+// Phases: 1. delta_i = sum_d dO O - dlse_i, lse in the scores' units, and whether q and dO are finite;  2. everything
+// above, one task for each (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise
+// the gradients of parameters.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
 // q, dO and dS are then there twice.
@@ -84,10 +84,7 @@ struct Backward {
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
-  // Rows of numbers of which whole vectors are read where they lie.
-  static bool in_place(const View& view, int64_t dim) {
-    return sizeof(S) == sizeof(E) && view.stride[3] == 1 && dim % n == 0;
-  }
+  static bool in_place(const View& view, int64_t dim) { return sizeof(S) == sizeof(E) && lie_in_vectors<C>(view, dim); }
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && !scales_first(p); }
   // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
   static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
@@ -283,15 +280,21 @@ struct Backward {
 
   void run_group() const {
     const int64_t parts = groups(p, band.keys), block = key_block(p);
-    const bool finite = queries_are_finite();
-    for (int64_t h = hk * heads_per_group(); w.distances && h < (hk + 1) * heads_per_group(); ++h)
-      for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
+    if (w.distances)
+      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
+        for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
     if (group >= parts) return;
-    // Keys past the sequence's end, too: their gradients are zero. The first block starts dQ.
-    for (int64_t j0 = group * block; j0 == group * block || j0 < band.k_rows; j0 += parts * block)
-      run_key_block(j0, least(j0 + block, band.k_rows), finite, j0 == group * block);
+    const bool finite = queries_are_finite();
+    // Keys past the sequence's end, too: their gradients are zero. The first block starts dQ, without keys too.
+    int64_t j0 = group * block;
+    do {
+      run_key_block(j0, least(j0 + block, band.k_rows), finite);
+      j0 += parts * block;
+    } while (j0 < band.k_rows);
   }
 
+  // Whether the keys from j0 on are the group's first: they write dQ, to which all others add.
+  bool starts_dq(int64_t j0) const { return j0 == group * key_block(p); }
   void clear_dq(int64_t h, int64_t i0, int64_t i1) const {
     const Sums dq = dq_rows(p, w, band, group, h);
     for (int64_t i = i0; i < i1; ++i)
@@ -310,7 +313,7 @@ struct Backward {
            all_finite<C>(key_row(p.v, j0), p.v.stride[2], p.v.stride[3], keys, p.Dv);
   }
 
-  void run_key_block(int64_t j0, int64_t block_end, bool finite, bool starts_dq) const {
+  void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
     const bool careful = !(finite && keys_are_finite(j0, keys));
     const int64_t dk_stride = padded<C>(embedded_dim(p)), dv_stride = padded<C>(p.Dv);
@@ -319,17 +322,17 @@ struct Backward {
     const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
     bool packed = false;
     for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
-      if (starts_dq) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
+      if (starts_dq(j0)) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
         Tile tile{b, h, i0, least(next, end), j0, j1};
         if (!find_masks(p, InLanes::keys, s.parts.words, &tile)) {
-          if (starts_dq) clear_dq(h, tile.i0, tile.i1);
+          if (starts_dq(j0)) clear_dq(h, tile.i0, tile.i1);
           continue;
         }
         if (!packed) pack_keys(j0, keys);
         packed = true;
-        run_tile(tile, careful, starts_dq);
+        run_tile(tile, careful);
       }
     }
     if (p.similarity != Similarity::dot)
@@ -366,27 +369,22 @@ struct Backward {
     const int64_t queries = t.i1 - t.i0, d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Source<S> q{query_row(p.q, t.h, t.i0), p.q.stride[2], p.q.stride[3]},
         dout{query_row(p.dout, t.h, t.i0), p.dout.stride[2], p.dout.stride[3]};
-    const C scale = query_scale<E>(p, b, t.h);  // scores want it, and dK
-    if (s.q) {
-      load_operand(s.q, d, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1));
-      embed_rows(p, Role::query, s.q, d, queries, scale);
-    }
-    if (s.dout) load_operand(s.dout, dv, dout, queries, p.Dv, dv);
     if constexpr (kBFloat16x2) {
+      load_pairs(s.q, d, q, queries, p.D, d);
+      load_pairs(s.dout, dv, dout, queries, p.Dv, dv);
       load_row_pairs(s.q_rows, terms<E>(d), q, queries, p.D);
       load_row_pairs(s.dout_rows, terms<E>(dv), dout, queries, p.Dv);
       return {{s.q, d}, {s.dout, dv}, {s.q_rows, terms<E>(d)}, {s.dout_rows, terms<E>(dv)}};
     } else {
-      Rows<E> q_rows{s.q, d}, dout_rows{s.dout, dv};
-      if constexpr (sizeof(S) == sizeof(E)) {
-        if (!s.q) q_rows = {q.data, q.row_stride};
-        if (!s.dout) dout_rows = {dout.data, dout.row_stride};
-      }
+      const C scale = query_scale<E>(p, b, t.h);  // scores want it, and dK
+      const Rows<C> q_rows = load_rows<C>(s.q, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1)),
+                    dout_rows = load_rows<C>(s.dout, dout, queries, p.Dv, dv);
+      if (s.q) embed_rows(p, Role::query, s.q, d, queries, scale);
       return {q_rows, dout_rows, q_rows, dout_rows};
     }
   }
 
-  void run_tile(const Tile& t, bool careful, bool starts_dq) const {
+  void run_tile(const Tile& t, bool careful) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Queries rows = pack_queries(t);
@@ -402,7 +400,7 @@ struct Backward {
     }
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
-    if (careful && starts_dq) clear_dq(t.h, t.i0, t.i1);
+    if (careful && starts_dq(t.j0)) clear_dq(t.h, t.i0, t.i1);
     if (careful) return multiply_carefully(t, rows, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
@@ -410,7 +408,7 @@ struct Backward {
                                     seers);
     multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, s.dk, d, d, s.dk, seers);
     const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
-    if (starts_dq)
+    if (starts_dq(t.j0))
       multiply<Onto::nothing>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
     else
       multiply<Onto::c>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
@@ -441,10 +439,10 @@ struct Backward {
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
     multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width,
                                         prob, stride, width, s.dk,
-                                        SumMeanwhile{dim, r0, r1 - r0, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
+                                        SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
     multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv),
                                         width, grad, stride, width, s.dk,
-                                        SumMeanwhile{p.Dv, r0, r1 - r0, ahead_of(p.dbias, sizeof(C), panel)});
+                                        SumMeanwhile{{p.Dv}, ahead_of(p.dbias, sizeof(C), panel)});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,

@@ -1,7 +1,7 @@
 // Gradients of what is added to scores, from a tile of dS with keys in lanes: rows of `stride`.
 #pragma once
 
-#include "operands.h"
+#include "microkernel.h"
 #include "scores.h"
 
 namespace heedful::HEEDFUL_TARGET {

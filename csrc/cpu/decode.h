@@ -89,9 +89,9 @@ struct Decode {
     return carve.size;
   }
 
-  // Whole vectors are read where they lie, however far apart the rows. Half types are widened once for rows in lanes.
+  // Half types are widened once for rows in lanes.
   static bool in_place(const Problem& p, const View& view, int64_t dim) {
-    return view.stride[3] == 1 && dim % n == 0 && (sizeof(S) == sizeof(C) || most_rows(p) < n);
+    return lie_in_vectors<C>(view, dim) && (sizeof(S) == sizeof(C) || most_rows(p) < n);
   }
 
   // Adds its phases, scratch and workspace to a plan.
@@ -347,7 +347,7 @@ struct Decode {
         for (int64_t j = 0; j < width; j += n) {
           const Vec<C> score = load(x + j);
           const auto absent = score == minus_infinity;
-          const Vec<C> y = select(absent, Vec<C>{}, exp2<C>((score - from) * to_log2));
+          const Vec<C> y = select(absent, Vec<C>{}, exp2<C>(score - from, to_log2));
           sum += y;
           store(x + j, careful ? select(absent, broadcast<C>(C(-1)), y) : y);
         }

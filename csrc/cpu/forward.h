@@ -211,7 +211,7 @@ struct Forward {
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
     multiply<Onto::nothing, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores, width,
                                         width, s.scores,
-                                        SumMeanwhile{dim, 0, keys, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
+                                        SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
     const bool plain = is_plain<E>(p, band, tile);
     if (!plain)
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);

@@ -300,6 +300,7 @@ HEEDFUL_FN Vec<float> load_as(const Float16* p, float) {
   return (Vec<float>)(sign | select(special, magnitude | 0x7f800000, (Vec<int32_t>)scaled));
 #endif
 }
+
 // One element, for edges.
 HEEDFUL_FN float bits_to_float(uint32_t bits) {
   float x;

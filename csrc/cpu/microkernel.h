@@ -79,6 +79,7 @@ HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t m = m0 + step * (steps * t / tiles), end = least(m0 + step * (steps * (t + 1) / tiles), m1);
     const int64_t k0 = range.first(m, end) / kDepth<E>, k1 = terms<E>(range.end(m, end));
+    if constexpr (requires { range.fetch(m, end, m1); }) range.fetch(m - m0, end - m0, m1 - m0);
     switch ((end - m) / step) {
       case 6:
         multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
@@ -103,7 +104,8 @@ HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const
   }
 }
 
-// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h).
+// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h). Some fetch
+// what is wanted next, a part with each tile (scores.h).
 struct WholeSum {
   int64_t count;
   HEEDFUL_FN int64_t first(int64_t, int64_t) const { return 0; }

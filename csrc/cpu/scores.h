@@ -9,7 +9,7 @@
 #include "../score/softcap.h"
 #include "../score/softmax.h"
 #include "masks.h"
-#include "operands.h"
+#include "microkernel.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -103,19 +103,15 @@ struct RowsAhead {
   const char* data = nullptr;
   int64_t rows, stride, bytes;  // from row to row; of a row
 };
-// The limits of a sum that is all of it; with each tile of the product's rows comes as large a part of `ahead`, to the
-// second cache: strides of 4096 have few places in the first.
-struct SumMeanwhile {
-  int64_t count, first_row, product_rows;
+// A sum of all; with the product's rows [first, end), of so many, comes as large a part of `ahead`, to the second
+// cache: strides of 4096 have few places in the first.
+struct SumMeanwhile : WholeSum {
   RowsAhead ahead;
-  HEEDFUL_FN int64_t first(int64_t row, int64_t row_end) const {
-    const int64_t begin = row - first_row, end = row_end - first_row;
-    if (ahead.data)
-      for (int64_t r = begin * ahead.rows / product_rows; r < end * ahead.rows / product_rows; ++r)
-        for (int64_t x = 0; x < ahead.bytes; x += 64) __builtin_prefetch(ahead.data + r * ahead.stride + x, 0, 2);
-    return 0;
+  HEEDFUL_FN void fetch(int64_t first, int64_t end, int64_t rows) const {
+    if (!ahead.data) return;
+    for (int64_t r = first * ahead.rows / rows; r < end * ahead.rows / rows; ++r)
+      for (int64_t x = 0; x < ahead.bytes; x += 64) __builtin_prefetch(ahead.data + r * ahead.stride + x, 0, 2);
   }
-  HEEDFUL_FN int64_t end(int64_t, int64_t) const { return count; }
 };
 HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 // A tile's part of a [B, Hq, Sq, Sk] tensor of elements of `size` bytes. Nothing comes of rows that lie otherwise.

@@ -107,12 +107,18 @@ struct Rows {
   int64_t stride;
 };
 
-// Where they lie, if `packed` is null: then S is C. Else loaded there, `width` wide.
+// Whether rows are whole vectors where they lie, however far apart.
+template <class C>
+HEEDFUL_FN bool lie_in_vectors(const View& rows, int64_t dim) {
+  return rows.stride[3] == 1 && dim % kLanes<C> == 0;
+}
+
+// Where they lie, if `packed` is null: then S is C, and the scale 1. Else loaded there, `width` wide.
 template <class C, class S>
-HEEDFUL_FN Rows<C> load_rows(C* packed, Source<S> from, int64_t rows, int64_t lanes, int64_t width) {
+HEEDFUL_FN Rows<C> load_rows(C* packed, Source<S> from, int64_t rows, int64_t lanes, int64_t width, C scale = 1) {
   if constexpr (sizeof(S) == sizeof(C))
     if (!packed) return {from.data, from.row_stride};
-  load_tile<C>(packed, width, from, rows, lanes, width, C(1));
+  load_tile<C>(packed, width, from, rows, lanes, width, scale);
   return {packed, width};
 }
 
