@@ -184,7 +184,7 @@ struct Backward {
       w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{C(exact), weight, delta};
       if (p.sinks.gradient && !dead) {
         const C below = most<C>(lse[i] - sink, 0);
-        sink_sum += sink_gradient(exp2_or_zero<C>(broadcast<C>(-below * C(kLog2e)))[0], delta);
+        sink_sum += sink_gradient(exp2<C>(broadcast<C>(-below), broadcast<C>(C(kLog2e)))[0], delta);
       }
     }
     if (w.row_sums) w.row_sums[task] = {sink_sum, 0};
@@ -486,7 +486,6 @@ struct Backward {
         // No score is above lse, but for rounding, which for huge scores is huge.
         const Vec<C> above = score - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
         Vec<C> probability = exp2<C>(distance, to_log2) * state[r].weight;
-        if (masked) probability = select(score == minus_infinity, Vec<C>{}, probability);  // or dS is subnormal: slow
         Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
         if (masked) {
           probability = select(score == minus_infinity, absent, probability);

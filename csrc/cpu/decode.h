@@ -334,7 +334,7 @@ struct Decode {
       }
       const Vec<C> before = load(part.maximum + r), highest = maximum(highest_each<C>(each), before);
       const Vec<C> references = softmax_reference(highest, minus_infinity);
-      const Vec<C> factors = exp2_or_zero<C>((before - references) * to_log2);
+      const Vec<C> factors = exp2<C>(before - references, to_log2);
       store(part.maximum + r, highest);
       store(reference, references);
       store(rescale, factors);
@@ -346,10 +346,9 @@ struct Decode {
         Vec<C> sum = {};
         for (int64_t j = 0; j < width; j += n) {
           const Vec<C> score = load(x + j);
-          const auto absent = score == minus_infinity;
-          const Vec<C> y = select(absent, Vec<C>{}, exp2<C>(score - from, to_log2));
+          const Vec<C> y = exp2<C>(score - from, to_log2);
           sum += y;
-          store(x + j, careful ? select(absent, broadcast<C>(C(-1)), y) : y);
+          store(x + j, careful ? select(score == minus_infinity, broadcast<C>(C(-1)), y) : y);
         }
         each[i] = sum;
       }
@@ -463,7 +462,7 @@ struct Decode {
       for (int64_t c = 0; c < parts; ++c) top = most(top, partial(p, band, b, hk, c).maximum[row]);
       const C reference = top == -kInfinity<C> ? C(0) : top;
       const auto weight = [&](C maximum) {
-        return exp2_or_zero<C>(broadcast<C>((maximum - reference) * C(unit * kLog2e)))[0];
+        return exp2<C>(broadcast<C>(maximum - reference), broadcast<C>(C(unit * kLog2e)))[0];
       };
       C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial(p, band, b, hk, 0).out + row * dim;
       for (int64_t c = 0; c < parts; ++c) {

@@ -212,18 +212,15 @@ struct Forward {
     multiply<Onto::nothing, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores, width,
                                         width, s.scores,
                                         SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
-    const bool plain = is_plain<E>(p, band, tile);
-    if (!plain)
+    if (!is_plain<E>(p, band, tile))
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
     if (s.best) return find_best<kN>(tile, l);
     alignas(64) C rescale[width];
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (careful)
-      probabilities<kN, true, true>(keys, l, to_log2, rescale);
-    else if (plain)
-      probabilities<kN, false, false>(keys, l, to_log2, rescale);
+      probabilities<kN, true>(keys, l, to_log2, rescale);
     else
-      probabilities<kN, true, false>(keys, l, to_log2, rescale);
+      probabilities<kN, false>(keys, l, to_log2, rescale);
     if (s.parts.keep) {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
@@ -239,7 +236,7 @@ struct Forward {
 
   // Scores become probabilities relative to the new maximum; `rescale` takes earlier ones to it. Distances between
   // scores times `to_log2` are powers of two. With `mark`, absent pairs get -1 instead of 0.
-  template <int kN, bool masked, bool mark>
+  template <int kN, bool mark>
   HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, C* rescale) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     C* const scores = s.scores;  // which no store may change
@@ -253,7 +250,7 @@ struct Forward {
     for (int v = 0; v < kN; ++v) {
       top[v] = maximum(top[v], load(s.maximum + l + v * n));
       reference[v] = softmax_reference(top[v], minus_infinity);
-      const Vec<C> factor = exp2_or_zero<C>((load(s.maximum + l + v * n) - reference[v]) * to_log2);
+      const Vec<C> factor = exp2<C>(load(s.maximum + l + v * n) - reference[v], to_log2);
       store(s.maximum + l + v * n, top[v]);
       store(rescale + v * n, factor);
       sum[v] = Vec<C>{};
@@ -263,11 +260,9 @@ struct Forward {
       for (int v = 0; v < kN; ++v) {
         C* score = scores + (j * kN + v) * n;
         const Vec<C> x = load(score);
-        const auto absent = x == minus_infinity;
-        Vec<C> y = exp2<C>(x - reference[v], to_log2);
-        if (masked) y = select(absent, Vec<C>{}, y);
+        const Vec<C> y = exp2<C>(x - reference[v], to_log2);
         sum[v] += y;
-        store(score, mark ? select(absent, broadcast<C>(C(-1)), y) : y);
+        store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
       }
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);
@@ -337,7 +332,7 @@ struct Forward {
       alignas(64) C reference[kN * n], log[kN * n];
       for (int v = 0; v < kN; ++v) {
         const Vec<C> sum = load(s.sum + l + v * n), top = load(s.maximum + l + v * n);
-        // A NaN among the scores shows in the sum alone. Lone scores of -inf left a little in it where none was masked.
+        // A NaN among the scores shows in the sum alone.
         const Vec<Int<C>> past = iota<Int<C>>() >= Int<C>(clamp(band.queries - i - v * n, 0, n));
         const Vec<Int<C>> dead = past | ((top == minus_infinity) & (sum == sum));
         store(reference + v * n, select(dead, Vec<C>{}, top));

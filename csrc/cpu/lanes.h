@@ -119,15 +119,15 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
-// 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0, but no less than about 2^kLowest: a power
-// above the smallest normal number, as processors take a hundred cycles for one below. x factor = n + r with |r| <=
-// 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the exponent's bias rounds to n, and
-// leaves the exponent in the low bits. With a fused multiply-add x factor is never rounded itself.
+// 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0; exactly 0 below 2^kLowest: the products that
+// it goes into would come below the normal numbers, where some processors take a hundred cycles each. x factor = n + r
+// with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the exponent's bias rounds to
+// n, and leaves the exponent in the low bits. With a fused multiply-add x factor is never rounded itself.
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
-  static constexpr float kLowest = -125.0f, kRound = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float kLowest = -116.0f, kRound = 12582912.0f;  // 1.5 * 2^23
   static constexpr int kMantissa = 23, kBias = 127, kDegree = 6;
   // Relative error 2.1e-8 on [-1/2, 1/2], below the rounding of the steps.
   static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147242f,   0.240226522f,   0.0555031039f,
@@ -135,7 +135,7 @@ struct Exp2<float> {
 };
 template <>
 struct Exp2<double> {
-  static constexpr double kLowest = -1021.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLowest = -1012.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
   // ln(2)^k / k!; the first term left out is 2^-14 ln(2)^14 / 14! = 4e-18.
   static constexpr double kPolynomial[kDegree + 1] = {
@@ -148,23 +148,20 @@ struct Exp2<double> {
 template <class T>
 HEEDFUL_FN Vec<T> exp2(Vec<T> x, Vec<T> factor) {
   using E = Exp2<T>;
-  const Vec<T> round = broadcast<T>(E::kRound + E::kBias);
-  x = maximum(broadcast<T>(E::kLowest) / factor, x);
+  const Vec<T> round = broadcast<T>(E::kRound + E::kBias), low = broadcast<T>(E::kLowest) / factor;
+  const auto lost = x < low;
+  x = maximum(low, x);
   const Vec<T> shifted = x * factor + round;
   const Vec<T> r = x * factor - (shifted - round);
   Vec<T> y = broadcast<T>(E::kPolynomial[E::kDegree]);
 #pragma GCC unroll 16
   for (int k = E::kDegree - 1; k >= 0; --k) y = y * r + broadcast<T>(E::kPolynomial[k]);
-  return y * (Vec<T>)((Vec<Int<T>>)shifted << E::kMantissa);  // a product, so that NaN stays NaN
+  y *= (Vec<T>)((Vec<Int<T>>)shifted << E::kMantissa);  // a product, so that NaN stays NaN
+  return select(lost, Vec<T>{}, y);
 }
 template <class T>
 HEEDFUL_FN Vec<T> exp2(Vec<T> x) {
   return exp2<T>(x, broadcast<T>(T(1)));
-}
-// The same, but exactly 0 below that.
-template <class T>
-HEEDFUL_FN Vec<T> exp2_or_zero(Vec<T> x) {
-  return select(x < broadcast<T>(Exp2<T>::kLowest), Vec<T>{}, exp2<T>(x));
 }
 
 // log2 of normal positive numbers (infinity and NaN stay). x = 2^n * y with y in [sqrt(1/2), sqrt(2));
@@ -214,7 +211,7 @@ HEEDFUL_FN Vec<double> tanh(Vec<double> x) {
   return select(far, above, p) / select(far, y + 1.0, q);
 }
 
-// 1 - tanh(x)^2 = 4 y / (1 + y)^2, y = exp(-2 |x|), exact to rounding down to 2^-123.
+// 1 - tanh(x)^2 = 4 y / (1 + y)^2, y = exp(-2 |x|), exact to rounding down to 2^-114.
 template <class T>
 HEEDFUL_FN Vec<T> tanh_slope_of(Vec<T> x) {
   const Vec<T> magnitude = x < Vec<T>{} ? -x : x;
