@@ -3,7 +3,4 @@
 
 #include "schemas.h"
 
-STABLE_TORCH_LIBRARY(heedful, library) {
-  library.def(heedful::kForwardSchema);
-  library.def(heedful::kBackwardSchema);
-}
+STABLE_TORCH_LIBRARY(heedful, library) { heedful::define_operators(library); }

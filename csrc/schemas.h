@@ -22,4 +22,18 @@ constexpr const char* kBackwardSchema =
     "bool table_grad=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor? dbias, Tensor? dscales, Tensor? dsinks, "
     "Tensor? dslopes, Tensor? dtable)";
 
+// The same with all else left at its default: torch takes as long to look up 28 arguments as for all the rest of a
+// small call. They are called where nothing looks on (ops.py); to whoever does, they are the above.
+constexpr const char* kPlainForwardSchema =
+    "plain_forward(Tensor q, Tensor k, Tensor v, int? right, float? scale) -> (Tensor out, Tensor lse)";
+constexpr const char* kPlainBackwardSchema =
+    "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int? right, float? scale) -> "
+    "(Tensor dq, Tensor dk, Tensor dv)";
+
+template <class Library>
+void define_operators(Library& library) {
+  for (const char* schema : {kForwardSchema, kBackwardSchema, kPlainForwardSchema, kPlainBackwardSchema})
+    library.def(schema);
+}
+
 }  // namespace heedful

@@ -70,7 +70,7 @@ def emulated_operators() -> Iterator[None]:
     torch.ops.load_library(EMULATED_LIBRARY)
     library = torch.library.Library("heedful", "IMPL", "CPU")
     try:
-        for name in ("attention_forward", "attention_backward"):
+        for name in ("attention_forward", "attention_backward", "plain_forward", "plain_backward"):
             library.impl(name, getattr(torch.ops.heedful_emulated, name).default, allow_override=True)
         yield
     finally:

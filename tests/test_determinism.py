@@ -83,6 +83,7 @@ PER_SEQUENCE = ("out", "lse", "dq", "dk", "dv")
         Case((5, 2, 1, 70, 150, 16, 24), bias="bk", mask="bhqk"),
         Case((5, 2, 1, 70, 150, 16, 24), q_starts=(0, 80, -30, 500, 7), left=60, right=0),
         Case((5, 2, 2, 129, 300, 16, 16), k_lengths=(300, 0, 1, 200, 129), q_lengths=(1, 129, 70, 64, 65)),
+        Case((5, 6, 1, 48, 2500, 16, 16), k_lengths=(2500, 0, 2049, 200, 30), q_lengths=(1, 12, 48, 20, 5), right=0),
     ],
     ids=str,
 )
@@ -179,11 +180,24 @@ def test_any_padding_beside_features(name: str, lengths: tuple, dtype: torch.dty
     check_padding(OF_LENGTHS[name] | {"right": 20}, lengths, dtype, backend)
 
 
-def check_padding(options: dict[str, Any], lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+@pytest.mark.parametrize("lengths", [(1, 150), (3, 700), (11, 2100), (40, 65)], ids=str)
+def test_any_padding_of_many_heads(lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
+    """Decoding, the heads that share keys go by as many at a time as a sequence's own queries say."""
+    check_padding({"right": 20}, lengths, dtype, backend, heads=(13, 1))
+
+
+def check_padding(
+    options: dict[str, Any],
+    lengths: tuple[int, int],
+    dtype: torch.dtype,
+    backend: Backend,
+    heads: tuple[int, int] = (2, 1),
+) -> None:
     (queries, keys), (most_queries, most_keys) = lengths, (200, 400 + 2 * lengths[1])
     others = ((most_queries, most_keys), (0, 0), (31, 7))
     longest = Case(
-        (4, 2, 1, most_queries, most_keys, 16, 8), **options,
+        (4, *heads, most_queries, most_keys, 16, 8), **options,
         q_lengths=(queries, *(q for q, _ in others)), k_lengths=(keys, *(k for _, k in others)),
         q_starts=(keys - queries, *(k - q for q, k in others)),
     )  # fmt: skip

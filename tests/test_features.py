@@ -495,10 +495,13 @@ def test_packed_dropout_counts_from_each_sequence(backend: Backend) -> None:
 @pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)
 @pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
-def test_forward_and_backward_see_the_same_scores(similarity: str, dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("queries", [1, 8, 20, 70])
+def test_forward_and_backward_see_the_same_scores(
+    queries: int, similarity: str, dtype: torch.dtype, backend: Backend
+) -> None:
     """However large q and k are: what backward recomputes, it divides by forward's sum. Weights show in dv."""
-    problem = build(Case((1, 1, 1, 8, 8, 64, 8), similarity=similarity, scale=None), dtype, backend.device)
+    problem = build(Case((1, 1, 1, queries, 8, 64, 8), similarity=similarity, scale=None), dtype, backend.device)
     problem.q, problem.k = (x + 30 for x in (problem.q, problem.k))
     problem.dout, problem.dlse = torch.ones_like(problem.dout), torch.zeros_like(problem.dlse)
-    sums = problem.results()["dv"].sum(2)  # over keys, of the weights of eight queries
-    torch.testing.assert_close(sums, torch.full_like(sums, 8.0), rtol=64 * torch.finfo(dtype).eps, atol=0)
+    sums = problem.results()["dv"].sum(2)  # over keys, of the weights of all queries
+    torch.testing.assert_close(sums, torch.full_like(sums, queries), rtol=64 * torch.finfo(dtype).eps, atol=0)

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from heedful.vmap import PARAMETERS
 
 FORWARD = torch.ops.heedful.attention_forward.default
 BACKWARD = torch.ops.heedful.attention_backward.default
+PLAIN_FORWARD, PLAIN_BACKWARD = torch.ops.heedful.plain_forward.default, torch.ops.heedful.plain_backward.default
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 B, HQ, HK, SQ, SK, D, DV = 2, 4, 2, 4, 5, 3, 2
 
@@ -372,6 +373,71 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_opcheck_with_gradients() -> None:
     for op, tensors, options in samples(torch.float32, requires_grad=True):
         opcheck(op, tensors, options)
+
+
+# ---- the plain operators: the others' results, with few arguments, for calls that nothing else sees
+
+
+class Seen(Tensor):
+    """A tensor that sees what is called with it."""
+
+    names: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Seen:
+        x = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        x.inner = inner
+        return x
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        cls.names.append(func.__name__)
+        return func(*(x.inner if isinstance(x, Seen) else x for x in args), **kwargs or {})
+
+
+@pytest.mark.parametrize(("right", "scale"), [(None, None), (0, None), (-1, 0.3)])
+def test_plain_operators_are_the_others(right: int | None, scale: float | None) -> None:
+    q, k, v = qkv(requires_grad=True)
+    want = FORWARD(q, k, v, right=right, scale=scale)
+    dout = normal(*want[0].shape)
+    grads = torch.autograd.grad(want[0], (q, k, v), dout)
+    with torch.no_grad():
+        got = PLAIN_FORWARD(q, k, v, right, scale)
+        got_grads = PLAIN_BACKWARD(dout, q, k, v, *got, right, scale)
+    assert_same((*got, *got_grads), (*(x.detach() for x in want), *grads), rtol=0, atol=0)
+    out, _ = PLAIN_FORWARD(q, k, v, right, scale)
+    assert_same(torch.autograd.grad(out, (q, k, v), dout, create_graph=True), grads, rtol=0, atol=0)
+    for op, tensors in ((PLAIN_FORWARD, (q, k, v)), (PLAIN_BACKWARD, (dout, q, k, v, *(x.detach() for x in got)))):
+        opcheck(op, (*(x.detach() for x in tensors), right, scale))
+        opcheck(op, (*(x.detach().requires_grad_() for x in tensors), right, scale))
+        mapped = vmap(lambda *t, op=op: op(*t, right, scale))(*(torch.stack([x, x]) for x in tensors))
+        assert_same(tuple(x[1] for x in mapped), op(*tensors, right, scale))
+        meta = op(*(x.to("meta") for x in tensors), right, scale)
+        assert [x.shape for x in meta] == [x.shape for x in op(*tensors, right, scale)]
+
+
+def test_who_sees_a_call_sees_the_full_operator() -> None:
+    q, k, v = qkv(requires_grad=True)
+    with Calls() as calls:
+        heedful.attention(q, k, v).sum().backward()
+    assert [n for n in calls.names if "ward" in n] == ["attention_forward", "attention_backward"]
+    with torch.no_grad(), torch.profiler.profile() as trace:
+        heedful.attention(q, k, v)
+    assert {x.key for x in trace.key_averages()} >= {"heedful::plain_forward"}
+    Seen.names.clear()
+    heedful.attention(*(Seen(x.detach()) for x in (q, k, v)))
+    assert Seen.names == ["attention_forward.default"]
+
+
+def test_plain_operators_say_what_is_wrong() -> None:
+    q, k, v = qkv()
+    with pytest.raises(RuntimeError, match=r"heedful.attention: k: expected .* got \[2, 2, 5, 2\]"):
+        PLAIN_FORWARD(q, k[..., :2], v, None, None)
+    with pytest.raises(RuntimeError, match="heedful.attention: scale: expected a finite number, got inf"):
+        PLAIN_FORWARD(q, k, v, None, math.inf)
+    out, lse = PLAIN_FORWARD(q, k, v, None, None)
+    with pytest.raises(RuntimeError, match="heedful.attention: dout: expected"):
+        PLAIN_BACKWARD(out[..., :1], q, k, v, out, lse, None, None)
 
 
 def layouts(b: int, h: int, s: int, d: int) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 // Attention forward of few queries over many keys (decoding): the time is that of reading K and V, which happens once
 // for all query heads that share them. A task is one chunk of keys of one key/value head; its rows are the queries of
-// every head of the group. K and V are read row by row, where they lie, with the head dim in vector lanes:
+// every head of the group, or of some where there are many. K and V are read row by row, where they lie, with the head
+// dim in vector lanes:
 //
 //   S[row][key]  = sum_d   Q[row][d] * K[key][d]       kPairs at a time, whose lanes are added up together
 //   O[row][d]   += sum_key P[row][key] * V[key][d]     rescaled when a row's maximum rises
 //
-// Rows of many heads that fill whole vectors lie in lanes for the first product, as in the forward kernel.
+// Many rows go by the microkernel, for which keys are turned into lanes and half types widened once.
 //
 // Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
 // at multiples of kChunk, so that they depend on the sequence alone.
@@ -18,119 +19,147 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
-constexpr int64_t kFewQueries = 4;
-
-// Whether any sequence may; whether this one does.
-inline bool may_decode(const Problem& p) {
-  return p.normalizer == Normalizer::softmax && (p.Sq <= kFewQueries || p.q_lengths || p.q_offsets);
-}
-inline bool decodes(const Problem& p, const Band& band) { return may_decode(p) && band.queries <= kFewQueries; }
-
 template <class S>
 struct Decode {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
+  static constexpr int64_t kManyRows = 16, kMostRows = 64;  // of a task
   // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
   // registers. What is loaded of K and V serves up to four rows.
   static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
+
+  // Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
+  static constexpr int64_t kFewQueries = kVectors * n * 3 / 4;
+
+  // Whether any sequence may; whether this one does.
+  static bool may_decode(const Problem& p) {
+    return p.normalizer == Normalizer::softmax && (p.Sq <= kFewQueries || p.q_lengths || p.q_offsets);
+  }
+  static bool decodes(const Problem& p, const Band& band) { return may_decode(p) && band.queries <= kFewQueries; }
 
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
   static int64_t chunks(const Problem& p) { return most<int64_t>((p.Sk + kChunk - 1) / kChunk, 1); }
   static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
   static int64_t few(const Problem& p) { return least(p.Sq, kFewQueries); }
-  static int64_t most_rows(const Problem& p) { return heads_per_group(p) * few(p); }
 
-  // Of one chunk: [rows] each, a row is (head of the group, query).
+  // Heads that a task takes of a group, by the sequence's queries; tasks that this makes of a group. Enough rows that
+  // arithmetic takes longer than reading keys, so that to read them for each task costs nothing.
+  static int64_t heads_per_task(const Problem& p, int64_t queries) {
+    return clamp(kMostRows / most<int64_t>(queries, 1), 1, heads_per_group(p));
+  }
+  static int64_t parts(const Problem& p, int64_t queries) {
+    const int64_t heads = heads_per_task(p, queries);
+    return (heads_per_group(p) + heads - 1) / heads;
+  }
+  static int64_t most_rows(const Problem& p) {  // of a task, whatever queries its sequence has
+    return least(heads_per_group(p) * few(p), most(kMostRows, few(p)));
+  }
+
+  // Of one chunk: [rows] each, a row is (head of the task, query).
   struct Partial {
     C *out, *maximum, *sum;  // out: [rows][padded Dv]; the others: whole vectors
+
+    // The one of index `at`, of `count`.
+    static Partial carve(const Problem& p, Carver& carve, int64_t count, int64_t at) {
+      const int64_t rows = most_rows(p), lanes = padded<C>(rows), dim = padded<C>(p.Dv);
+      C* out = carve.take<C>(count * rows * dim);
+      C* maximum = carve.take<C>(count * lanes);
+      C* sum = carve.take<C>(count * lanes);
+      return {out + at * rows * dim, maximum + at * lanes, sum + at * lanes};
+    }
   };
-  // The chunks of all sequences of a key/value head, one after the other; packed ones take what their keys need.
-  static int64_t all_chunks(const Problem& p) { return p.k_offsets ? p.k_rows / kChunk + p.B : p.B * chunks(p); }
-  static Partial partial(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t chunk) {
-    const int64_t rows = most_rows(p), lanes = padded<C>(rows), dim = padded<C>(p.Dv), parts = p.Hk * all_chunks(p);
-    // Sequence b begins at row k_row: no earlier one has more than k_row / kChunk + b chunks together with those
-    // before.
-    const int64_t first = p.k_offsets ? band.k_row / kChunk + b : b * chunks(p);
-    const int64_t part = hk * all_chunks(p) + first + chunk;
-    Carver carve{static_cast<char*>(p.workspace)};
-    C* out = carve.template take<C>(parts * rows * dim);
-    C* maximum = carve.template take<C>(parts * lanes);
-    C* sum = carve.template take<C>(parts * lanes);
-    return {out + part * rows * dim, maximum + part * lanes, sum + part * lanes};
-  }
-  static size_t workspace_bytes(const Problem& p) {
-    const int64_t rows = most_rows(p), parts = p.Hk * all_chunks(p);
-    Carver carve{nullptr};
-    carve.template take<C>(parts * rows * padded<C>(p.Dv));
-    carve.template take<C>(parts * padded<C>(rows));
-    carve.template take<C>(parts * padded<C>(rows));
-    return carve.size;
-  }
-  // Of one sequence, one at least.
+  // Of one sequence, one at least. What a single one gives is joined at once; of several, it waits in the workspace.
   static int64_t own_chunks(const Band& band) { return most<int64_t>((band.keys + kChunk - 1) / kChunk, 1); }
+  // Those of all sequences of a key/value head that have several. Packed ones take what their keys need: l of them, of
+  // more than kChunk, have at most 2 l / kChunk.
+  static int64_t all_chunks(const Problem& p) {
+    if (chunks(p) == 1) return 0;
+    return p.k_offsets ? 2 * p.k_rows / kChunk : p.B * chunks(p);
+  }
+  static Partial partial(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t part, int64_t chunk) {
+    const int64_t first = p.k_offsets ? 2 * band.k_row / kChunk : b * chunks(p), each = parts(p, few(p));
+    Carver carve{static_cast<char*>(p.workspace)};
+    return Partial::carve(p, carve, p.Hk * each * all_chunks(p), (hk * each + part) * all_chunks(p) + first + chunk);
+  }
 
   struct Scratch {
-    C *q, *q_lanes, *scores, *k, *v;  // q_lanes: whole vectors of rows, a row's numbers in a lane
+    C *q, *scores, *k, *v;
+    Partial only;  // of a single chunk
     ScoreParts<C> parts;
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t dim = padded<C>(embedded_dim(p));
     Carver carve{base};
+    s->only = Partial::carve(p, carve, 1, 0);
     s->q = carve.take<C>(most_rows(p) * dim);
-    s->q_lanes = carve.take<C>(most_rows(p) / n * n * dim);
     s->scores = carve.take<C>(most_rows(p) * kKeys);
-    s->k = in_place(p, p.k, p.D) && p.similarity == Similarity::dot ? nullptr : carve.take<C>(kKeys * dim);
-    s->v = in_place(p, p.v, p.Dv) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
+    s->k = k_in_place(p, most_rows(p)) ? nullptr : carve.take<C>(kKeys * dim);
+    s->v = in_place(p.v, p.Dv, most_rows(p)) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
     s->parts = ScoreParts<C>(p, carve, few(p), kKeys, kKeys, false);
     return carve.size;
   }
 
-  // Half types are widened once for rows in lanes.
-  static bool in_place(const Problem& p, const View& view, int64_t dim) {
-    return lie_in_vectors<C>(view, dim) && (sizeof(S) == sizeof(C) || most_rows(p) < n);
+  // Rows that are made of q and k may cancel: their products are added up in the order of backward, which divides by
+  // the sum that was found here.
+  static bool turns_keys(const Problem& p, int64_t rows) {
+    return rows >= kManyRows || p.similarity != Similarity::dot;
   }
+  static bool in_place(const View& view, int64_t dim, int64_t rows) {
+    return lie_in_vectors<C>(view, dim) && (sizeof(S) == sizeof(C) || rows < kManyRows);
+  }
+  static bool k_in_place(const Problem& p, int64_t rows) { return in_place(p.k, p.D, rows) && !turns_keys(p, rows); }
 
   // Adds its phases, scratch and workspace to a plan.
   static void plan(const Problem& p, Plan* plan) {
     if (p.B * p.Hq * p.Sq == 0) return;
     Scratch s;
-    plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p), &run};
+    plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p) * parts(p, few(p)), &run};
     if (chunks(p) > 1) plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
     plan->scratch_bytes = most(plan->scratch_bytes, carve(p, nullptr, &s));
-    plan->workspace_bytes = most(plan->workspace_bytes, workspace_bytes(p));
+    Carver workspace{nullptr};
+    Partial::carve(p, workspace, p.Hk * parts(p, few(p)) * all_chunks(p), 0);
+    plan->workspace_bytes = most(plan->workspace_bytes, workspace.size);
   }
 
   // ---- phase 1 ------------------------------------------------------------------------------------------------------
 
   static void run(const Problem& p, int64_t task, void* scratch) {
-    const int64_t per_head = chunks(p), head = task / per_head, chunk = task % per_head;
-    const int64_t b = head / p.Hk, hk = head % p.Hk;
+    const int64_t each = parts(p, few(p)), part = task % each, chunk = task / each % chunks(p);
+    const int64_t head = task / each / chunks(p), b = head / p.Hk, hk = head % p.Hk;
     const Band band(p, b);
-    if (!decodes(p, band) || chunk >= own_chunks(band)) return;
+    if (!decodes(p, band) || chunk >= own_chunks(band) || part >= parts(p, band.queries)) return;
+    const int64_t most_heads = heads_per_task(p, band.queries), g = part * most_heads;
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
-    const Decode d{p, band, s, partial(p, band, b, hk, chunk), b, hk, chunk};
+    const bool only = own_chunks(band) == 1;
+    const Decode d{p,
+                   band,
+                   s,
+                   only ? s.only : partial(p, band, b, hk, part, chunk),
+                   b,
+                   hk,
+                   chunk,
+                   hk * heads_per_group(p) + g,
+                   least(most_heads, heads_per_group(p) - g)};
     d.attend(false);
     // As in the forward kernel: a masked V_j that is not finite shows in the result.
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
         !all_finite<C, C>(d.part.sum, 0, 1, 1, d.rows()))
       d.attend(true);
-    if (own_chunks(band) == 1)
-      for (int64_t g = 0; g < heads_per_group(p); ++g) join_head(p, band, b, d.head(g));
+    if (only)
+      for (int64_t x = 0; x < d.heads; ++x) join_head(p, band, b, d.first_head + x, x, [&](int64_t) { return s.only; });
   }
 
   const Problem& p;
   const Band band;
   const Scratch s;
   const Partial part;
-  const int64_t b, hk, chunk;
+  const int64_t b, hk, chunk, first_head, heads;
 
-  int64_t rows() const { return heads_per_group(p) * band.queries; }
-  int64_t head(int64_t group) const { return hk * heads_per_group(p) + group; }
+  int64_t rows() const { return heads * band.queries; }
 
   void attend(bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
@@ -149,52 +178,41 @@ struct Decode {
 
   void load_queries() const {
     const int64_t dim = padded<C>(embedded_dim(p)), queries = band.queries;
-    for (int64_t g = 0; g < heads_per_group(p); ++g) {
-      const C scale = query_scale<C>(p, b, head(g));
+    for (int64_t g = 0; g < heads; ++g) {
+      const C scale = query_scale<C>(p, b, first_head + g);
       C* to = s.q + g * queries * dim;
-      load_tile<C>(to, dim,
-                   Source<S>{row_of<const S>(p.q, band.batch, head(g), band.q_row), p.q.stride[2], p.q.stride[3]},
-                   queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
+      load_tile<C>(
+          to, dim,
+          Source<S>{row_of<const S>(p.q, band.batch, first_head + g, band.q_row), p.q.stride[2], p.q.stride[3]},
+          queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
       embed_rows(p, Role::query, to, dim, queries, scale);
     }
-    for_each_vectors([&](int64_t r, auto vectors) {
-      constexpr int64_t width = decltype(vectors)::value * n;
-      load_tile<C>(s.q_lanes + r * dim, width, Source<C>{s.q + r * dim, 1, dim}, dim, width, width, C(1));
-    });
-  }
-
-  // f(row, number of vectors) for whole vectors of rows, by twos where there are two.
-  template <class F>
-  HEEDFUL_FN void for_each_vectors(F f) const {
-    int64_t r = 0;
-    for (; r + 2 * n <= rows(); r += 2 * n) f(r, Constant<2>{});
-    if (r + n <= rows()) f(r, Constant<1>{});
   }
 
   // Keys [j0, j1) of one tile of a block mask.
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
-    const auto tile_of = [&](int64_t g) { return Tile{b, head(g), 0, queries, j0, j1}; };
+    const auto tile_of = [&](int64_t g) { return Tile{b, first_head + g, 0, queries, j0, j1}; };
     bool any = false;
-    for (int64_t g = 0; !any && g < heads_per_group(p); ++g) {
+    for (int64_t g = 0; !any && g < heads; ++g) {
       Tile tile = tile_of(g);
       any = find_masks(p, InLanes::keys, s.parts.words, &tile);
     }
     if (!any) return;
     score_keys(j0, j1);
-    for (int64_t g = 0; g < heads_per_group(p); ++g) {
+    for (int64_t g = 0; g < heads; ++g) {
       Tile tile = tile_of(g);
       const bool empty = !find_masks(p, InLanes::keys, s.parts.words, &tile);
       finish_scores(tile, empty, s.scores + g * queries * kKeys, width);
     }
     probabilities(keys, width, careful);
-    for (int64_t g = 0; s.parts.keep && g < heads_per_group(p); ++g) {
+    for (int64_t g = 0; s.parts.keep && g < heads; ++g) {
       load_keep<InLanes::keys>(s.parts.keep, width, p, tile_of(g));
       drop(s.scores + g * queries * kKeys, kKeys, s.parts.keep, width, queries);
     }
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
-    if (!s.v) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
+    if (in_place(p.v, p.Dv, rows())) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
     load_tile<C>(s.v, dim, v, keys, p.Dv, dim, C(1));
     add_values(Rows<C>{s.v, dim}, j0, keys, careful);
   }
@@ -206,11 +224,10 @@ struct Decode {
   // Rows that are needed soon come into the second cache meanwhile, evenly: bursts would wait for memory, and leave it
   // idle afterwards.
   struct Ahead {
-    const S* next;
-    int64_t stride, dim, rows, every = 1, left = 1;
+    RowsAhead rows;
+    int64_t every = 1, left = 1;
     HEEDFUL_FN void fetch(int64_t count) {
-      for (; count > 0 && rows > 0; --count, --rows, next += stride)
-        for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(next + d, 0, 2);
+      for (; count > 0 && rows.rows > 0; --count, --rows.rows, rows.data += rows.stride) rows.fetch(0, 1);
     }
     // At each step of a loop: a row every so many.
     HEEDFUL_FN void step() {
@@ -220,57 +237,41 @@ struct Decode {
     }
   };
   // Of the block from key j0 on.
-  Ahead ahead(const View& view, int64_t dim, int64_t j0) const {
+  RowsAhead block_ahead(const View& view, int64_t dim, int64_t j0) const {
     if (view.stride[3] != 1 || j0 >= band.keys) return {};
     const Source<S> rows = source(view, j0);
-    return {rows.data, rows.row_stride, dim, least(band.keys - j0, kKeys)};
+    constexpr int64_t size = sizeof(S);
+    return {reinterpret_cast<const char*>(rows.data), least(band.keys - j0, kKeys), rows.row_stride * size, dim * size};
   }
 
   // ---- scores
 
+  // Meanwhile the keys' values come.
   void score_keys(int64_t j0, int64_t j1) const {
-    const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0;
+    const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0, width = padded<C>(keys);
     const Source<S> k = source(p.k, j0);
-    if (!s.k) return score_rows(Rows<S>{k.data, k.row_stride}, dim, j0, keys);
+    const RowsAhead values = block_ahead(p.v, p.Dv, j0);
+    if (turns_keys(p, rows())) {
+      load_tile<C>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width, C(1));
+      embed_lanes(p, Role::key, s.k, width, C(1));
+      return multiply<Onto::nothing, C, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
+                                                 SumMeanwhile{{embedded_dim(p)}, values});
+    }
+    if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, dim, keys, values);
     load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
-    embed_rows(p, Role::key, s.k, dim, keys, C(1));
-    score_rows(Rows<C>{s.k, dim}, dim, j0, keys);
+    score_rows(Rows<C>{s.k, dim}, dim, keys, values);
   }
 
-  // Meanwhile the keys' values come.
   template <class E>
-  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t j0, int64_t keys) const {
-    Ahead values = ahead(p.v, p.Dv, j0);
-    int64_t first = 0;
-    if constexpr (sizeof(E) == sizeof(C))
-      for_each_vectors([&](int64_t r, auto vectors) {
-        score_lanes<vectors.value>(k, dim, r, keys, values);
-        first = r + vectors.value * n;
-      });
+  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t keys, const RowsAhead& values_ahead) const {
+    Ahead values{values_ahead};
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
-      int64_t r = first;
+      int64_t r = 0;
       for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, values);
       if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, values), r += 2;
       if (r < rows()) score_step<1>(k, dim, r, j, end, values);
     }
-  }
-
-  // Whole vectors of rows in lanes, where no lanes need adding up; their scores are turned afterwards.
-  template <int kV>
-  HEEDFUL_FN void score_lanes(const Rows<C>& k, int64_t dim, int64_t r, int64_t keys, Ahead& values) const {
-    constexpr int64_t width = kV * n, kJ = kPairs / kV;
-    const Operand<C, Unit::k> key{k.data, k.stride};
-    const C* q = s.q_lanes + r * dim;
-    alignas(64) C turned[kKeys * width];
-    Ahead meanwhile = values;  // in registers
-    meanwhile.every = dim / kJ;
-    int64_t j = 0;
-    for (; j + kJ <= keys; j += kJ)
-      multiply_tile<kJ, kV, Onto::nothing>(key, j, 0, dim, q, width, turned, width, turned, [&] { meanwhile.step(); });
-    for (; j < keys; ++j) multiply_tile<1, kV, Onto::nothing>(key, j, 0, dim, q, width, turned, width, turned);
-    values = meanwhile;
-    load_tile<C>(s.scores + r * kKeys, kKeys, Source<C>{turned, 1, width}, width, keys, padded<C>(keys), C(1));
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
@@ -370,8 +371,14 @@ struct Decode {
   template <class E>
   HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t j0, int64_t keys, bool careful) const {
     if (careful) return add_values_carefully(v, keys);
-    Ahead next = ahead(p.k, p.D, j0 + keys);
-    next.every = most<int64_t>(rows() / 4 * (padded<C>(p.Dv) / (kPairs / 4 * n)), 1);  // so many passes over the keys
+    const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
+    const int64_t dim = padded<C>(p.Dv);
+    if constexpr (sizeof(E) == sizeof(C))
+      if (rows() >= kManyRows)
+        return multiply<Onto::c, C, Unit::k>({s.scores, kKeys}, 0, rows(), v.data, v.stride, part.out, dim, dim,
+                                             part.out, SumMeanwhile{{keys}, keys_ahead});
+    Ahead next{keys_ahead};
+    next.every = most<int64_t>(rows() / 4 * (dim / (kPairs / 4 * n)), 1);  // so many passes over the keys
     int64_t r = 0;
     for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, next);
     if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, next), r += 2;
@@ -441,11 +448,15 @@ struct Decode {
   static void join(const Problem& p, int64_t task, void*) {
     const int64_t b = task / p.Hq, h = task % p.Hq;
     const Band band(p, b);
-    if (decodes(p, band) && own_chunks(band) > 1) join_head(p, band, b, h);
+    if (!decodes(p, band) || own_chunks(band) == 1) return;
+    const int64_t hk = h / heads_per_group(p), g = h % heads_per_group(p), most_heads = heads_per_task(p, band.queries);
+    join_head(p, band, b, h, g % most_heads,
+              [&](int64_t chunk) { return partial(p, band, b, hk, g / most_heads, chunk); });
   }
 
-  static void join_head(const Problem& p, const Band& band, int64_t b, int64_t h) {
-    const int64_t hk = h / heads_per_group(p), g = h % heads_per_group(p);
+  // `x`: which head of its task it is. partial_of: the task's, by chunk.
+  template <class F>
+  static void join_head(const Problem& p, const Band& band, int64_t b, int64_t h, int64_t x, F partial_of) {
     const int64_t dim = padded<C>(p.Dv), parts = own_chunks(band);
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     const double unit = score_unit(p);
@@ -457,21 +468,21 @@ struct Decode {
         for (int64_t d = 0; d < p.Dv; ++d) from_compute(C(0), out + d);
         continue;
       }
-      const int64_t row = g * band.queries + i;
+      const int64_t row = x * band.queries + i;
       C top = sink;
-      for (int64_t c = 0; c < parts; ++c) top = most(top, partial(p, band, b, hk, c).maximum[row]);
+      for (int64_t c = 0; c < parts; ++c) top = most(top, partial_of(c).maximum[row]);
       const C reference = top == -kInfinity<C> ? C(0) : top;
       const auto weight = [&](C maximum) {
         return exp2<C>(broadcast<C>(maximum - reference), broadcast<C>(C(unit * kLog2e)))[0];
       };
-      C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial(p, band, b, hk, 0).out + row * dim;
+      C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial_of(0).out + row * dim;
       for (int64_t c = 0; c < parts; ++c) {
-        const Partial part = partial(p, band, b, hk, c);
+        const Partial part = partial_of(c);
         const C w = weight(part.maximum[row]);
         sum += part.sum[row] * w;
         for (int64_t d = 0; d < dim; d += n) {
-          const Vec<C> x = part.sum[row] == 0 ? Vec<C>{} : load(part.out + row * dim + d) * w;
-          store(total + d, c ? load(total + d) + x : x);
+          const Vec<C> o = part.sum[row] == 0 ? Vec<C>{} : load(part.out + row * dim + d) * w;
+          store(total + d, c ? load(total + d) + o : o);
         }
       }
       // A NaN among the scores shows in the sum alone.

@@ -81,13 +81,15 @@ struct Forward {
     plan->phase_count = 0;
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = 0;
-    if (may_decode(p)) Decode<S>::plan(p, plan);
-    if (!may_decode(p) || p.Sq > kFewQueries) plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
+    const bool may_decode = Decode<S>::may_decode(p);
+    if (may_decode) Decode<S>::plan(p, plan);
+    if (!may_decode || p.Sq > Decode<S>::kFewQueries)
+      plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
   }
 
   static void run(const Problem& p, int64_t task, void* scratch) {
     const Forward f = of_task(p, task, scratch);
-    if (f.i0 >= f.i1 || decodes(p, f.band)) return;
+    if (f.i0 >= f.i1 || Decode<S>::decodes(p, f.band)) return;
     f.load_queries();
     f.attend(false);
     if (f.s.best) return f.store_best();

@@ -172,7 +172,7 @@ Case random_case(DType dtype) {
   return with_random_features(c);
 }
 
-// Few queries of many heads on one key/value head: rows that fill vectors, by twos and alone, and a rest.
+// Few queries of many heads on one key/value head: few rows, many, and more than a task takes.
 void test_many_heads(DType dtype) {
   const Case plain{.dtype = dtype, .B = 2, .Hq = 38, .Hk = 2, .Sq = 3, .Sk = 70, .D = 5, .Dv = 6, .start = 67};
   for (const Case& c : features_of(plain)) test(c);
@@ -189,7 +189,16 @@ void test_many_heads(DType dtype) {
     Case c{.dtype = dtype, .B = between(1, 3), .Hk = between(1, 2), .Sq = between(1, 4), .Sk = between(1, 140)};
     c.Hq = c.Hk * between(4, 20), c.D = between(2, 40), c.Dv = between(1, 40);
     test(with_random_features(c));
+    c.Hq = c.Hk * between(1, 9), c.Sq = between(5, 50);
+    test(with_random_features(c));
   }
+  // Several chunks of some sequences, of packed and padded ones.
+  for (bool packed : {false, true})
+    for (int64_t queries : {3, 20}) {
+      Case c{.dtype = dtype, .B = 5, .Hq = 5, .Hk = 1, .Sq = queries, .Sk = 4200, .D = 4, .Dv = 8};
+      c.packed = packed, c.lengths = !packed, c.right = 0, c.start = 2100;
+      test(c);
+    }
 }
 
 }  // namespace

@@ -23,14 +23,9 @@ struct Operand {
   int64_t stride;  // of the other index
 };
 
-// What else is done at each step of a sum.
-struct NothingElse {
-  HEEDFUL_FN void operator()() {}
-};
-
-template <int kM, int kN, Onto onto, class E, Unit unit, class Meanwhile = NothingElse>
+template <int kM, int kN, Onto onto, class E, Unit unit>
 HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, int64_t b_stride,
-                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor, Meanwhile meanwhile = {}) {
+                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor) {
   constexpr int n = kLanes<E>;
   Vec<Sum<E>> sum[kM][kN];
 #pragma GCC unroll 16
@@ -49,7 +44,6 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
 #pragma GCC unroll 4
       for (int v = 0; v < kN; ++v) sum[i][v] = multiply_add<E>(sum[i][v], x, row[v]);
     }
-    meanwhile();
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
   }

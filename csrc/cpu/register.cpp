@@ -72,8 +72,4 @@ struct Device {
 }  // namespace
 }  // namespace heedful::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(heedful, CPU, library) {
-  using heedful::cpu::Device;
-  library.impl("attention_forward", TORCH_BOX(&heedful::attention_forward<Device>));
-  library.impl("attention_backward", TORCH_BOX(&heedful::attention_backward<Device>));
-}
+STABLE_TORCH_LIBRARY_IMPL(heedful, CPU, library) { heedful::register_operators<heedful::cpu::Device>(library); }

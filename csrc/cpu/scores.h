@@ -96,21 +96,24 @@ HEEDFUL_FN void add_bias_to(C* s, int64_t stride, const Problem& p, const Tile& 
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? add(BFloat16()) : add(Float16());
 }
 
-// ---- biases on their way --------------------------------------------------------------------------------------------
+// ---- what comes meanwhile -------------------------------------------------------------------------------------------
 
 // Rows of memory so far apart that the processor does not guess the next.
 struct RowsAhead {
-  const char* data = nullptr;
-  int64_t rows, stride, bytes;  // from row to row; of a row
+  const char* data;
+  int64_t rows = 0, stride, bytes;  // from row to row; of a row
+
+  // To the second cache: strides of 4096 have few places in the first.
+  HEEDFUL_FN void fetch(int64_t first, int64_t end) const {
+    for (int64_t r = first; r < end; ++r)
+      for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(data + r * stride + x, 0, 2);
+  }
 };
-// A sum of all; with the product's rows [first, end), of so many, comes as large a part of `ahead`, to the second
-// cache: strides of 4096 have few places in the first.
+// A sum of all; with the product's rows [first, end), of so many, comes as large a part of `ahead`.
 struct SumMeanwhile : WholeSum {
   RowsAhead ahead;
   HEEDFUL_FN void fetch(int64_t first, int64_t end, int64_t rows) const {
-    if (!ahead.data) return;
-    for (int64_t r = first * ahead.rows / rows; r < end * ahead.rows / rows; ++r)
-      for (int64_t x = 0; x < ahead.bytes; x += 64) __builtin_prefetch(ahead.data + r * ahead.stride + x, 0, 2);
+    if (ahead.rows) ahead.fetch(first * ahead.rows / rows, end * ahead.rows / rows);
   }
 };
 HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }

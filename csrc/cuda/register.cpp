@@ -99,8 +99,4 @@ extern "C" __attribute__((visibility("default"))) void heedful_cuda_versions(int
   if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(heedful, CUDA, library) {
-  using heedful::cuda::Device;
-  library.impl("attention_forward", TORCH_BOX(&heedful::attention_forward<Device>));
-  library.impl("attention_backward", TORCH_BOX(&heedful::attention_backward<Device>));
-}
+STABLE_TORCH_LIBRARY_IMPL(heedful, CUDA, library) { heedful::register_operators<heedful::cuda::Device>(library); }

@@ -126,13 +126,8 @@ struct Device {
 }  // namespace
 }  // namespace heedful::emulator
 
-STABLE_TORCH_LIBRARY(heedful_emulated, library) {
-  library.def(heedful::kForwardSchema);
-  library.def(heedful::kBackwardSchema);
-}
+STABLE_TORCH_LIBRARY(heedful_emulated, library) { heedful::define_operators(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(heedful_emulated, CPU, library) {
-  using heedful::emulator::Device;
-  library.impl("attention_forward", TORCH_BOX(&heedful::attention_forward<Device>));
-  library.impl("attention_backward", TORCH_BOX(&heedful::attention_backward<Device>));
+  heedful::register_operators<heedful::emulator::Device>(library);
 }
