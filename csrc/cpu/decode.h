@@ -108,7 +108,7 @@ struct Decode {
     return rows >= kManyRows || p.similarity != Similarity::dot;
   }
   static bool in_place(const View& view, int64_t dim, int64_t rows) {
-    return lie_in_vectors<C>(view, dim) && (sizeof(S) == sizeof(C) || rows < kManyRows);
+    return rows < kManyRows ? view.stride[3] == 1 : sizeof(S) == sizeof(C) && lie_in_vectors<C>(view, dim);
   }
   static bool k_in_place(const Problem& p, int64_t rows) { return in_place(p.k, p.D, rows) && !turns_keys(p, rows); }
 
@@ -246,6 +246,12 @@ struct Decode {
 
   // ---- scores
 
+  // The vector at p of a row that ends after `left` elements, then zeros.
+  template <class E>
+  HEEDFUL_FN static Vec<C> load_present(const E* p, int64_t left) {
+    return left >= n ? load_as(p, C()) : load_first<C>(p, left);
+  }
+
   // Meanwhile the keys' values come.
   void score_keys(int64_t j0, int64_t j1) const {
     const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0, width = padded<C>(keys);
@@ -257,27 +263,28 @@ struct Decode {
       return multiply<Onto::nothing, C, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
                                                  SumMeanwhile{{embedded_dim(p)}, values});
     }
-    if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, dim, keys, values);
+    if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
     load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
-    score_rows(Rows<C>{s.k, dim}, dim, keys, values);
+    score_rows(Rows<C>{s.k, dim}, keys, values);
   }
 
   template <class E>
-  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t dim, int64_t keys, const RowsAhead& values_ahead) const {
+  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t keys, const RowsAhead& values_ahead) const {
     Ahead values{values_ahead};
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;
-      for (; r + 4 <= rows(); r += 4) score_step<4>(k, dim, r, j, end, values);
-      if (r + 2 <= rows()) score_step<2>(k, dim, r, j, end, values), r += 2;
-      if (r < rows()) score_step<1>(k, dim, r, j, end, values);
+      for (; r + 4 <= rows(); r += 4) score_step<4>(k, r, j, end, values);
+      if (r + 2 <= rows()) score_step<2>(k, r, j, end, values), r += 2;
+      if (r < rows()) score_step<1>(k, r, j, end, values);
     }
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
   template <int kR, class E>
-  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t dim, int64_t r, int64_t j, int64_t end, Ahead& values) const {
+  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t r, int64_t j, int64_t end, Ahead& values) const {
     constexpr int kJ = kPairs / kR;
+    const int64_t dim = padded<C>(p.D);
     for (; j < end; j += kJ) {
       if (r == 0) values.fetch(kJ);
       const E* key[kJ];
@@ -290,7 +297,7 @@ struct Decode {
       for (int64_t d = 0; d < dim; d += n) {
         Vec<C> x[kJ];
 #pragma GCC unroll 16
-        for (int i = 0; i < kJ; ++i) x[i] = load_as(key[i] + d, C());
+        for (int i = 0; i < kJ; ++i) x[i] = load_present(key[i] + d, p.D - d);
 #pragma GCC unroll 4
         for (int row = 0; row < kR; ++row) {
           const Vec<C> y = load(q + row * dim + d);
@@ -388,10 +395,12 @@ struct Decode {
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
   template <int kR, int kV = kPairs / kR, class E>
   HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
-    const int64_t dim = padded<C>(p.Dv);
-    for (; d + kV * n <= dim; d += kV * n) add_values_step<kR, kV>(v, keys, r, d, next);
+    for (; d + kV * n <= p.Dv; d += kV * n) add_values_step<kR, kV>(v, keys, r, d, next);
+    if (d == p.Dv) return;
     if constexpr (kV > 1)
-      if (d < dim) add_values_to<kR, kV / 2>(v, keys, r, d, next);
+      add_values_to<kR, kV / 2>(v, keys, r, d, next);
+    else
+      add_values_step<kR, 1>(v, keys, r, d, next);
   }
 
   template <int kR, int kV, class E>
@@ -409,7 +418,7 @@ struct Decode {
       meanwhile.step();
       Vec<C> x[kV];
 #pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) x[i] = load_as(value + i * n, C());
+      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(value + i * n, C()) : load_present(value, p.Dv - d);
 #pragma GCC unroll 4
       for (int row = 0; row < kR; ++row) {
         const Vec<C> y = broadcast<C>(prob[row * kKeys + j]);
@@ -435,7 +444,7 @@ struct Decode {
         Vec<C> sum = {};
         for (int64_t j = 0; j < keys; ++j) {
           const C prob = s.scores[r * kKeys + j];
-          if (!(prob < 0)) sum += prob * load_as(v.data + j * v.stride + d, C());
+          if (!(prob < 0)) sum += prob * load_present(v.data + j * v.stride + d, p.Dv - d);
         }
         store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
       }

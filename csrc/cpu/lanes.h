@@ -373,4 +373,29 @@ HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
 #endif
 }
 
+// ---- a vector's first lanes -----------------------------------------------------------------------------------------
+
+// As many bytes as a vector has, at most.
+HEEDFUL_FN void copy_bytes(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512BW__) && HEEDFUL_VECTOR_BYTES == 64
+  const __mmask64 these = bytes < 64 ? (__mmask64{1} << bytes) - 1 : ~__mmask64{0};
+  _mm512_mask_storeu_epi8(to, these, _mm512_maskz_loadu_epi8(these, from));
+#else
+  __builtin_memcpy(to, from, size_t(bytes));
+#endif
+}
+// `count` elements, then zeros.
+template <class C, class S>
+HEEDFUL_FN Vec<C> load_first(const S* p, int64_t count) {
+  S part[kLanes<C>] = {};
+  copy_bytes(part, p, count * int64_t(sizeof(S)));
+  return load_as(part, C());
+}
+template <class S, class V>
+HEEDFUL_FN void store_first(S* p, V v, int64_t count) {
+  S part[sizeof v / sizeof v[0]];
+  store_as(part, v);
+  copy_bytes(p, part, count * int64_t(sizeof(S)));
+}
+
 }  // namespace heedful::HEEDFUL_TARGET

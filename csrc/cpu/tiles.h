@@ -63,6 +63,7 @@ HEEDFUL_FN Vec<C> load_some(const S* data, int64_t stride, int64_t count) {
   constexpr int n = kLanes<C>;
   if (count >= n && stride == 1) return load_as(data, C());
   if (count >= n && stride == 0) return broadcast<C>(C(to_compute(*data)));
+  if (count > 0 && stride == 1) return load_first<C>(data, count);
   alignas(HEEDFUL_VECTOR_BYTES) C x[n] = {};
   for (int i = 0; i < n && i < count; ++i) x[i] = C(to_compute(data[i * stride]));
   return load(x);
@@ -74,7 +75,7 @@ template <class C, class S, class F>
 HEEDFUL_FN void for_each_vector(Source<S> from, int64_t rows, int64_t lanes, int64_t width, F f) {
   constexpr int n = kLanes<C>;
   int64_t r = 0;
-  if (from.row_stride == 1 && from.lane_stride > 1)
+  if (from.row_stride == 1 && from.lane_stride > 1) {
     for (; r + n <= rows; r += n)
       for (int64_t l = 0; l < width; l += n) {
         const int64_t present = clamp(lanes - l, 0, n);
@@ -86,6 +87,16 @@ HEEDFUL_FN void for_each_vector(Source<S> from, int64_t rows, int64_t lanes, int
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) f(r + i, l, square[i]);
       }
+    for (int64_t l = 0; r < rows && l < width; l += n) {
+      const int64_t present = clamp(lanes - l, 0, n);
+      Vec<C> square[n] = {};
+      for (int64_t i = 0; i < present; ++i)
+        square[i] = load_first<C>(from.data + r + (l + i) * from.lane_stride, rows - r);
+      transpose<C>(square);
+      for (int64_t i = 0; i < rows - r; ++i) f(r + i, l, square[i]);
+    }
+    return;
+  }
   for (; r < rows; ++r)
     for (int64_t l = 0; l < width; l += n)
       f(r, l, load_some<C>(from.data + r * from.row_stride + l * from.lane_stride, from.lane_stride, lanes - l));
@@ -131,7 +142,8 @@ HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t 
   const int64_t whole = lanes / n * n;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t l = 0; l < whole; l += n) store_as(to + r * to_stride + l, scales * load(from + r * from_stride + l));
-    for (int64_t l = whole; l < lanes; ++l) from_compute(scale * from[r * from_stride + l], to + r * to_stride + l);
+    if (whole < lanes)
+      store_first(to + r * to_stride + whole, scales * load(from + r * from_stride + whole), lanes - whole);
   }
 }
 
@@ -152,9 +164,12 @@ HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, in
       for (int i = 0; i < n; ++i)
         if (i < present) store_as(to + (l + i) * to_stride + r, square[i]);
     }
+    if (whole_rows == rows) continue;
+    Vec<C> square[n] = {};
+    for (int64_t r = whole_rows; r < rows; ++r) square[r - whole_rows] = load(from + r * from_stride + l);
+    transpose<C>(square);
     for (int64_t i = 0; i < present; ++i)
-      for (int64_t r = whole_rows; r < rows; ++r)
-        from_compute(from[r * from_stride + l + i], to + (l + i) * to_stride + r);
+      store_first(to + (l + i) * to_stride + whole_rows, square[i], rows - whole_rows);
   }
 }
 
