@@ -41,7 +41,7 @@ def cells() -> list[Row]:
             rows += [Row(dtype, b, 1, 1, s, s, 64, form) for b, s in ((1, 64), (1, 256), (1, 1024), (2, 2048))]
             rows += [Row(dtype, 1, *heads, s, s, 64, form) for heads in ((32, 8), (16, 2), (8, 1)) for s in (128, 1024)]
         for heads in ((8, 8), (32, 8), (8, 1)):
-            rows += [Row(dtype, 1, *heads, q, k, 128) for q in (1, 4, 16) for k in (128, 1024, 8192)]
+            rows += [Row(dtype, 1, *heads, q, k, 128) for q in (1, 4, 8, 16, 24, 48) for k in (128, 1024, 8192)]
         rows += [
             Row(dtype, 8, 32, 8, 1, 2048, 128),
             Row(dtype, 32, 8, 8, 1, 512, 64),
