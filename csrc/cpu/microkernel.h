@@ -106,22 +106,28 @@ struct WholeSum {
   HEEDFUL_FN int64_t end(int64_t, int64_t) const { return count; }
 };
 
+// f(lane, number of vectors) for panels of `lanes`, a multiple of the vector: as wide as registers hold, but for the
+// last ones. Each lies in one word of a mask (masks.h), unless they are `kLevel`: 3 and 2 vectors rather than 4 and 1.
+template <class C, bool kLevel = false, class F>
+HEEDFUL_FN void for_each_panel(int64_t lanes, F f) {
+  constexpr int n = kLanes<C>;
+  const auto five_left = [&](int64_t l) { return kLevel && kVectors == 4 && l + 5 * n == lanes; };
+  int64_t l = 0;
+  for (; l + kVectors * n <= lanes && !five_left(l); l += kVectors * n) f(l, Constant<kVectors>{});
+  if constexpr (kVectors > 2) {
+    if (l + 3 * n <= lanes) f(l, Constant<3>{}), l += 3 * n;
+    if (l + 2 * n <= lanes) f(l, Constant<2>{}), l += 2 * n;
+  }
+  if (l < lanes) f(l, Constant<1>{});
+}
+
 // Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
 template <Onto onto, class E, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
                              int64_t c_stride, int64_t lanes, const Sum<E>* factor, const Range& range) {
-  constexpr int n = kLanes<E>;
-  const auto panel = [&](int64_t l, auto vectors) {
+  for_each_panel<E, true>(lanes, [&](int64_t l, auto vectors) {
     multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
-  };
-  const auto five_left = [&](int64_t l) { return kVectors == 4 && l + 5 * n == lanes; };  // 3 and 2, not 4 and 1
-  int64_t l = 0;
-  for (; l + kVectors * n <= lanes && !five_left(l); l += kVectors * n) panel(l, Constant<kVectors>{});
-  if constexpr (kVectors > 2) {
-    if (l + 3 * n <= lanes) panel(l, Constant<3>{}), l += 3 * n;
-    if (l + 2 * n <= lanes) panel(l, Constant<2>{}), l += 2 * n;
-  }
-  if (l < lanes) panel(l, Constant<1>{});
+  });
 }
 
 // x rounded up to whole vectors.
@@ -129,15 +135,6 @@ template <class C>
 HEEDFUL_FN int64_t padded(int64_t x) {
   constexpr int n = kLanes<C>;
   return (x + n - 1) / n * n;
-}
-
-// f(lane, number of vectors): panels of kVectors vectors, then of one.
-template <class C, class F>
-HEEDFUL_FN void for_each_panel(int64_t lanes, F f) {
-  constexpr int n = kLanes<C>;
-  int64_t l = 0;
-  for (; l + kVectors * n <= lanes; l += kVectors * n) f(l, Constant<kVectors>{});
-  for (; l < lanes; l += n) f(l, Constant<1>{});
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
