@@ -478,22 +478,31 @@ struct Backward {
                             Vec<C> absent) const {
     const int64_t stride = lanes_k();
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-    for (int64_t r = r0; r < r1; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) {
-        C *x = prob + r * stride + v * n, *y = grad + r * stride + v * n;
-        const Vec<C> score = load(x);
+    for_each_step<kInStep / kN>(r0, r1, [&](int64_t r, auto rows) {
+      constexpr int kCount = rows.value * kN;
+      const auto at = [&](int i) { return (r + i / kN) * stride + i % kN * n; };
+      Vec<C> score[kCount], probability[kCount];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        score[i] = load(prob + at(i));
         // No score is above lse, but for rounding, which for huge scores is huge.
-        const Vec<C> above = score - state[r].lse, distance = above > Vec<C>{} ? Vec<C>{} : above;
-        Vec<C> probability = exp2<C>(distance, to_log2) * state[r].weight;
-        Vec<C> gradient = score_gradient(probability, load(y), broadcast<C>(state[r].delta));
-        if (masked) {
-          probability = select(score == minus_infinity, absent, probability);
-          gradient = select(score == minus_infinity, Vec<C>{}, gradient);
-        }
-        store(x, probability);
-        store(y, gradient);
+        const Vec<C> above = score[i] - state[r + i / kN].lse;
+        probability[i] = above > Vec<C>{} ? Vec<C>{} : above;
       }
+      exp2_each<C>(probability, to_log2);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        const RowState& row = state[r + i / kN];
+        probability[i] *= row.weight;
+        Vec<C> gradient = score_gradient(probability[i], load(grad + at(i)), broadcast<C>(row.delta));
+        if (masked) {
+          probability[i] = select(score[i] == minus_infinity, absent, probability[i]);
+          gradient = select(score[i] == minus_infinity, Vec<C>{}, gradient);
+        }
+        store(prob + at(i), probability[i]);
+        store(grad + at(i), gradient);
+      }
+    });
   }
 
   // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do

@@ -257,15 +257,21 @@ struct Forward {
       store(rescale + v * n, factor);
       sum[v] = Vec<C>{};
     }
-    for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) {
-        C* score = scores + (j * kN + v) * n;
-        const Vec<C> x = load(score);
-        const Vec<C> y = exp2<C>(x - reference[v], to_log2);
-        sum[v] += y;
-        store(score, mark ? select(x == minus_infinity, broadcast<C>(C(-1)), y) : y);
+    for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
+      constexpr int kCount = rows.value * kN;
+      Vec<C> x[kCount], y[kCount];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        x[i] = load(scores + (j * kN + i) * n);
+        y[i] = x[i] - reference[i % kN];
       }
+      exp2_each<C>(y, to_log2);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        sum[i % kN] += y[i];
+        store(scores + (j * kN + i) * n, mark ? select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]) : y[i]);
+      }
+    });
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);
   }

@@ -119,16 +119,18 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 
 // ---- exp2 and log2 -------------------------------------------------------------------------------------------------
 
-// 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0; exactly 0 below 2^kLowest: the products that
-// it goes into would come below the normal numbers, where some processors take a hundred cycles each. x factor = n + r
-// with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and the exponent's bias rounds to
-// n, and leaves the exponent in the low bits. With a fused multiply-add x factor is never rounded itself.
+// 2^(x factor) for x <= 0 (or NaN, which stays NaN) and a factor above 0; exactly 0 from 2^kLowest down: the products
+// that it goes into would come below the normal numbers, where some processors take a hundred cycles each. x factor =
+// n + r with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and -kLowest rounds to n,
+// and leaves n - kLowest in the low bits: an exponent's field of 0, which is that of 0, where n has come to kLowest.
+// What such exponents lack to the bias, the polynomial has. With a fused multiply-add x factor is never rounded itself.
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr float kLowest = -116.0f, kRound = 12582912.0f;  // 1.5 * 2^23
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 6;
+  static constexpr float kLacking = 2048;                          // 2^(127 + kLowest)
+  static constexpr int kMantissa = 23, kDegree = 6;
   // Relative error 2.1e-8 on [-1/2, 1/2], below the rounding of the steps.
   static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147242f,   0.240226522f,   0.0555031039f,
                                                      0.00961769279f, 0.00134066434f, 0.000155946778f};
@@ -136,7 +138,8 @@ struct Exp2<float> {
 template <>
 struct Exp2<double> {
   static constexpr double kLowest = -1012.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
+  static constexpr double kLacking = 2048;                                 // 2^(1023 + kLowest)
+  static constexpr int kMantissa = 52, kDegree = 13;
   // ln(2)^k / k!; the first term left out is 2^-14 ln(2)^14 / 14! = 4e-18.
   static constexpr double kPolynomial[kDegree + 1] = {
       1.00000000000000000000e+0,  6.93147180559945309417e-1, 2.40226506959100712334e-1, 5.55041086648215799531e-2,
@@ -145,19 +148,40 @@ struct Exp2<double> {
       2.56784359934882051420e-11, 1.36914888539041288809e-12};
 };
 
+// Of several vectors, in step: one by one, each would wait for its own last result. Registers hold three of each.
+constexpr int kInStep = HEEDFUL_VECTOR_REGISTERS / 4;
+template <class T, int kCount>
+HEEDFUL_FN void exp2_each(Vec<T> (&x)[kCount], Vec<T> factor) {
+  using E = Exp2<T>;
+  const Vec<T> round = broadcast<T>(E::kRound - E::kLowest), low = broadcast<T>(E::kLowest) / factor;
+  Vec<T> shifted[kCount], r[kCount], y[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) x[i] = maximum(low, x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) shifted[i] = x[i] * factor + round;
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) r[i] = x[i] * factor - (shifted[i] - round);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) y[i] = broadcast<T>(E::kPolynomial[E::kDegree] * E::kLacking);
+#pragma GCC unroll 16
+  for (int k = E::kDegree - 1; k >= 0; --k)
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * r[i] + broadcast<T>(E::kPolynomial[k] * E::kLacking);
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i)  // a product, so that NaN stays NaN
+    x[i] = y[i] * (Vec<T>)((Vec<Int<T>>)shifted[i] << E::kMantissa);
+}
+// f(row, number of rows) for [row, end), kAtOnce together and the rest one by one.
+template <int kAtOnce, class F>
+HEEDFUL_FN void for_each_step(int64_t row, int64_t end, F f) {
+  for (; row + kAtOnce <= end; row += kAtOnce) f(row, Constant<kAtOnce>{});
+  for (; row < end; ++row) f(row, Constant<1>{});
+}
 template <class T>
 HEEDFUL_FN Vec<T> exp2(Vec<T> x, Vec<T> factor) {
-  using E = Exp2<T>;
-  const Vec<T> round = broadcast<T>(E::kRound + E::kBias), low = broadcast<T>(E::kLowest) / factor;
-  const auto lost = x < low;
-  x = maximum(low, x);
-  const Vec<T> shifted = x * factor + round;
-  const Vec<T> r = x * factor - (shifted - round);
-  Vec<T> y = broadcast<T>(E::kPolynomial[E::kDegree]);
-#pragma GCC unroll 16
-  for (int k = E::kDegree - 1; k >= 0; --k) y = y * r + broadcast<T>(E::kPolynomial[k]);
-  y *= (Vec<T>)((Vec<Int<T>>)shifted << E::kMantissa);  // a product, so that NaN stays NaN
-  return select(lost, Vec<T>{}, y);
+  Vec<T> only[1] = {x};
+  exp2_each<T>(only, factor);
+  return only[0];
 }
 template <class T>
 HEEDFUL_FN Vec<T> exp2(Vec<T> x) {
