@@ -476,9 +476,8 @@ struct Backward {
   template <int kN, bool masked>
   HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState* state, Vec<C> to_log2,
                             Vec<C> absent) const {
-    const int64_t stride = lanes_k();
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-    for_each_step<kInStep / kN>(r0, r1, [&](int64_t r, auto rows) {
+    for_each_step<kInStep / kN>(r0, r1, [&, stride = lanes_k()](int64_t r, auto rows) {
       constexpr int kCount = rows.value * kN;
       const auto at = [&](int i) { return (r + i / kN) * stride + i % kN * n; };
       Vec<C> score[kCount], probability[kCount];
@@ -486,21 +485,16 @@ struct Backward {
       for (int i = 0; i < kCount; ++i) {
         score[i] = load(prob + at(i));
         // No score is above lse, but for rounding, which for huge scores is huge.
-        const Vec<C> above = score[i] - state[r + i / kN].lse;
-        probability[i] = above > Vec<C>{} ? Vec<C>{} : above;
+        probability[i] = minimum(Vec<C>{}, score[i] - state[r + i / kN].lse);
       }
       exp2_each<C>(probability, to_log2);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const RowState& row = state[r + i / kN];
-        probability[i] *= row.weight;
-        Vec<C> gradient = score_gradient(probability[i], load(grad + at(i)), broadcast<C>(row.delta));
-        if (masked) {
-          probability[i] = select(score[i] == minus_infinity, absent, probability[i]);
-          gradient = select(score[i] == minus_infinity, Vec<C>{}, gradient);
-        }
-        store(prob + at(i), probability[i]);
-        store(grad + at(i), gradient);
+        const Vec<C> x = probability[i] * row.weight;
+        const Vec<C> y = score_gradient(x, load(grad + at(i)), broadcast<C>(row.delta));
+        store(prob + at(i), masked ? select(score[i] == minus_infinity, absent, x) : x);
+        store(grad + at(i), masked ? select(score[i] == minus_infinity, Vec<C>{}, y) : y);
       }
     });
   }

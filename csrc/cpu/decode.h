@@ -246,12 +246,6 @@ struct Decode {
 
   // ---- scores
 
-  // The vector at p of a row that ends after `left` elements, then zeros.
-  template <class E>
-  HEEDFUL_FN static Vec<C> load_present(const E* p, int64_t left) {
-    return left >= n ? load_as(p, C()) : load_first<C>(p, left);
-  }
-
   // Meanwhile the keys' values come.
   void score_keys(int64_t j0, int64_t j1) const {
     const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0, width = padded<C>(keys);
@@ -297,7 +291,7 @@ struct Decode {
       for (int64_t d = 0; d < dim; d += n) {
         Vec<C> x[kJ];
 #pragma GCC unroll 16
-        for (int i = 0; i < kJ; ++i) x[i] = load_present(key[i] + d, p.D - d);
+        for (int i = 0; i < kJ; ++i) x[i] = load_first<C>(key[i] + d, p.D - d);
 #pragma GCC unroll 4
         for (int row = 0; row < kR; ++row) {
           const Vec<C> y = load(q + row * dim + d);
@@ -418,7 +412,7 @@ struct Decode {
       meanwhile.step();
       Vec<C> x[kV];
 #pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(value + i * n, C()) : load_present(value, p.Dv - d);
+      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(value + i * n, C()) : load_first<C>(value, p.Dv - d);
 #pragma GCC unroll 4
       for (int row = 0; row < kR; ++row) {
         const Vec<C> y = broadcast<C>(prob[row * kKeys + j]);
@@ -444,7 +438,7 @@ struct Decode {
         Vec<C> sum = {};
         for (int64_t j = 0; j < keys; ++j) {
           const C prob = s.scores[r * kKeys + j];
-          if (!(prob < 0)) sum += prob * load_present(v.data + j * v.stride + d, p.Dv - d);
+          if (!(prob < 0)) sum += prob * load_first<C>(v.data + j * v.stride + d, p.Dv - d);
         }
         store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
       }
@@ -466,7 +460,7 @@ struct Decode {
   // `x`: which head of its task it is. partial_of: the task's, by chunk.
   template <class F>
   static void join_head(const Problem& p, const Band& band, int64_t b, int64_t h, int64_t x, F partial_of) {
-    const int64_t dim = padded<C>(p.Dv), parts = own_chunks(band);
+    const int64_t dim = padded<C>(p.Dv), count = own_chunks(band);
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     const double unit = score_unit(p);
     C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
@@ -479,13 +473,13 @@ struct Decode {
       }
       const int64_t row = x * band.queries + i;
       C top = sink;
-      for (int64_t c = 0; c < parts; ++c) top = most(top, partial_of(c).maximum[row]);
+      for (int64_t c = 0; c < count; ++c) top = most(top, partial_of(c).maximum[row]);
       const C reference = top == -kInfinity<C> ? C(0) : top;
       const auto weight = [&](C maximum) {
         return exp2<C>(broadcast<C>(maximum - reference), broadcast<C>(C(unit * kLog2e)))[0];
       };
       C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial_of(0).out + row * dim;
-      for (int64_t c = 0; c < parts; ++c) {
+      for (int64_t c = 0; c < count; ++c) {
         const Partial part = partial_of(c);
         const C w = weight(part.maximum[row]);
         sum += part.sum[row] * w;

@@ -94,6 +94,10 @@ HEEDFUL_FN V maximum(V a, V b) {
   return a > b ? a : b;
 }
 template <class V>
+HEEDFUL_FN V minimum(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
 HEEDFUL_FN bool any(V mask) {
   using T = decltype(mask[0] + 0);
   T bits = 0;
@@ -399,18 +403,22 @@ HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
 
 // ---- a vector's first lanes -----------------------------------------------------------------------------------------
 
+// The bits [0, end), for any end of 0 and more.
+HEEDFUL_FN uint64_t bits_below(int64_t end) { return end < 64 ? (uint64_t{1} << end) - 1 : ~uint64_t{}; }
+
 // As many bytes as a vector has, at most.
 HEEDFUL_FN void copy_bytes(void* to, const void* from, int64_t bytes) {
 #if defined(__AVX512BW__) && HEEDFUL_VECTOR_BYTES == 64
-  const __mmask64 these = bytes < 64 ? (__mmask64{1} << bytes) - 1 : ~__mmask64{0};
+  const __mmask64 these = bits_below(bytes);
   _mm512_mask_storeu_epi8(to, these, _mm512_maskz_loadu_epi8(these, from));
 #else
   __builtin_memcpy(to, from, size_t(bytes));
 #endif
 }
-// `count` elements, then zeros.
+// `count` elements or a vector's, then zeros.
 template <class C, class S>
 HEEDFUL_FN Vec<C> load_first(const S* p, int64_t count) {
+  if (count >= kLanes<C>) return load_as(p, C());
   S part[kLanes<C>] = {};
   copy_bytes(part, p, count * int64_t(sizeof(S)));
   return load_as(part, C());

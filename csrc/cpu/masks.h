@@ -21,9 +21,6 @@ struct Tile {
   int64_t words_i0 = 0, words_j0 = 0;
 };
 
-// The bits [0, end), for any end of 0 and more.
-HEEDFUL_FN uint64_t bits_below(int64_t end) { return end < kWord ? (uint64_t{1} << end) - 1 : ~uint64_t{}; }
-
 // ---- bool masks -----------------------------------------------------------------------------------------------------
 
 // Bit x is set where byte x is not 0.

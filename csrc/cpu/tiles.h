@@ -57,13 +57,12 @@ struct Source {
   int64_t row_stride, lane_stride;
 };
 
-// `count` elements, then zeros.
+// `count` elements or a vector's, then zeros.
 template <class C, class S>
 HEEDFUL_FN Vec<C> load_some(const S* data, int64_t stride, int64_t count) {
   constexpr int n = kLanes<C>;
-  if (count >= n && stride == 1) return load_as(data, C());
+  if (stride == 1) return load_first<C>(data, most<int64_t>(count, 0));
   if (count >= n && stride == 0) return broadcast<C>(C(to_compute(*data)));
-  if (count > 0 && stride == 1) return load_first<C>(data, count);
   alignas(HEEDFUL_VECTOR_BYTES) C x[n] = {};
   for (int i = 0; i < n && i < count; ++i) x[i] = C(to_compute(data[i * stride]));
   return load(x);
