@@ -54,6 +54,25 @@ def test_lengths(queries: int, options: dict, backend: Backend) -> None:
         check_forward(build(case, torch.float32, backend.device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)  # others compute in float32
+@pytest.mark.parametrize("queries", [1, 70], ids=["decoding", "blocks"])
+def test_weights_of_far_scores(queries: int, dtype: torch.dtype, backend: Backend) -> None:
+    """A key x below the best weighs exp(-x) until that nears the subnormal numbers, then nothing: never a subnormal."""
+    lowest = torch.finfo(dtype).tiny
+    x = torch.arange(0, -1.1 * torch.tensor(lowest, dtype=torch.float64).log(), 0.125, dtype=torch.float64)
+    k = torch.stack([torch.zeros_like(x), -x], 1).to(dtype)[:, None, :, None]
+    v = torch.tensor([0.0, 1.0], dtype=dtype).expand(len(x), 1, 2)[..., None]
+    q = torch.ones(len(x), 1, queries, 1, dtype=dtype)
+    out = heedful.attention(*(t.to(backend.device) for t in (q, k, v)), scale=1.0).cpu()
+    weight = (-x).exp() / (1 + (-x).exp())
+    near = weight > 4096 * lowest
+    for i in range(queries):
+        off = (out[:, 0, i, 0].double() / weight - 1).abs()[near]
+        assert (off <= (4 + x[near]) * torch.finfo(dtype).eps).all()
+        rest = out[:, 0, i, 0][~near]
+        assert ((rest == 0) | (rest >= lowest)).all() and (rest <= 8192 * lowest).all() and rest[-1] == 0
+
+
 @pytest.mark.cuda_kernels
 def test_far_positions(backend: Backend) -> None:
     """Positions and windows near the ends of 64-bit integers must not wrap around."""
