@@ -143,24 +143,27 @@ Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, con
       {bias_grad, scales_grad, sinks_grad, slopes_grad, table_grad});
 }
 
-inline Arguments plain_arguments(std::optional<int64_t> right, std::optional<double> scale) {
+inline Arguments plain_arguments(int64_t q_start, std::optional<int64_t> left, std::optional<int64_t> right,
+                                 std::optional<double> scale) {
   static const OptionalTensor none;
   static const std::string dot = "dot", softmax = "softmax";
-  return {none, none, none, none,         none,  none,  none,         none, none,    none, none, none, none,
-          none, none, 0,    std::nullopt, right, scale, std::nullopt, dot,  softmax, 0,    0,    false};
+  return {none, none, none,    none, none,  none,  none,         none, none,    none, none, none, none,
+          none, none, q_start, left, right, scale, std::nullopt, dot,  softmax, 0,    0,    false};
 }
 
 template <class Device>
-Results plain_forward(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<int64_t> right,
-                      std::optional<double> scale) {
-  return forward<Device>(q, k, v, plain_arguments(right, scale));
+Results plain_forward(const Tensor& q, const Tensor& k, const Tensor& v, int64_t q_start, std::optional<int64_t> left,
+                      std::optional<int64_t> right, std::optional<double> scale) {
+  return forward<Device>(q, k, v, plain_arguments(q_start, left, right, scale));
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> plain_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Tensor& out, const Tensor& lse, std::optional<int64_t> right,
+                                                  const Tensor& out, const Tensor& lse, int64_t q_start,
+                                                  std::optional<int64_t> left, std::optional<int64_t> right,
                                                   std::optional<double> scale) {
-  const Gradients all = backward<Device>(dout, std::nullopt, q, k, v, out, lse, plain_arguments(right, scale), {});
+  const Gradients all =
+      backward<Device>(dout, std::nullopt, q, k, v, out, lse, plain_arguments(q_start, left, right, scale), {});
   return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
 }
 

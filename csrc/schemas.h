@@ -6,10 +6,11 @@
   "Tensor? buckets=None, Tensor? mask=None, Tensor? tiles=None, Tensor? bits=None, Tensor? q_lengths=None, " \
   "Tensor? k_lengths=None, Tensor? q_starts=None, Tensor? q_offsets=None, Tensor? k_offsets=None, "          \
   "Tensor? seed=None, *, "
-#define HEEDFUL_OPTIONS                                                                            \
-  "SymInt q_start=0, int? left=None, int? right=None, float? scale=None, float? softcap=None, "    \
-  "str similarity=\"dot\", str normalizer=\"softmax\", float dropout_p=0.0, int dropout_batch=0, " \
-  "bool allow_tf32=False"
+#define HEEDFUL_PLAIN_OPTIONS "SymInt q_start=0, int? left=None, int? right=None, float? scale=None"
+#define HEEDFUL_OPTIONS                                                         \
+  HEEDFUL_PLAIN_OPTIONS                                                         \
+  ", float? softcap=None, str similarity=\"dot\", str normalizer=\"softmax\", " \
+  "float dropout_p=0.0, int dropout_batch=0, bool allow_tf32=False"
 
 namespace heedful {
 
@@ -25,10 +26,10 @@ constexpr const char* kBackwardSchema =
 // The same with all else left at its default: torch takes as long to look up 28 arguments as for all the rest of a
 // small call. They are called where nothing looks on (ops.py); to whoever does, they are the above.
 constexpr const char* kPlainForwardSchema =
-    "plain_forward(Tensor q, Tensor k, Tensor v, int? right, float? scale) -> (Tensor out, Tensor lse)";
+    "plain_forward(Tensor q, Tensor k, Tensor v, *, " HEEDFUL_PLAIN_OPTIONS ") -> (Tensor out, Tensor lse)";
 constexpr const char* kPlainBackwardSchema =
-    "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int? right, float? scale) -> "
-    "(Tensor dq, Tensor dk, Tensor dv)";
+    "plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, " HEEDFUL_PLAIN_OPTIONS
+    ") -> (Tensor dq, Tensor dk, Tensor dv)";
 
 template <class Library>
 void define_operators(Library& library) {

@@ -395,25 +395,29 @@ class Seen(Tensor):
         return func(*(x.inner if isinstance(x, Seen) else x for x in args), **kwargs or {})
 
 
-@pytest.mark.parametrize(("right", "scale"), [(None, None), (0, None), (-1, 0.3)])
-def test_plain_operators_are_the_others(right: int | None, scale: float | None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"right": 0}, {"q_start": 1, "right": -1, "scale": 0.3}, {"q_start": 2, "left": 1, "right": 0}],
+    ids=str,
+)
+def test_plain_operators_are_the_others(options: dict[str, Any]) -> None:
     q, k, v = qkv(requires_grad=True)
-    want = FORWARD(q, k, v, right=right, scale=scale)
+    want = FORWARD(q, k, v, **options)
     dout = normal(*want[0].shape)
     grads = torch.autograd.grad(want[0], (q, k, v), dout)
     with torch.no_grad():
-        got = PLAIN_FORWARD(q, k, v, right, scale)
-        got_grads = PLAIN_BACKWARD(dout, q, k, v, *got, right, scale)
+        got = PLAIN_FORWARD(q, k, v, **options)
+        got_grads = PLAIN_BACKWARD(dout, q, k, v, *got, **options)
     assert_same((*got, *got_grads), (*(x.detach() for x in want), *grads), rtol=0, atol=0)
-    out, _ = PLAIN_FORWARD(q, k, v, right, scale)
+    out, _ = PLAIN_FORWARD(q, k, v, **options)
     assert_same(torch.autograd.grad(out, (q, k, v), dout, create_graph=True), grads, rtol=0, atol=0)
     for op, tensors in ((PLAIN_FORWARD, (q, k, v)), (PLAIN_BACKWARD, (dout, q, k, v, *(x.detach() for x in got)))):
-        opcheck(op, (*(x.detach() for x in tensors), right, scale))
-        opcheck(op, (*(x.detach().requires_grad_() for x in tensors), right, scale))
-        mapped = vmap(lambda *t, op=op: op(*t, right, scale))(*(torch.stack([x, x]) for x in tensors))
-        assert_same(tuple(x[1] for x in mapped), op(*tensors, right, scale))
-        meta = op(*(x.to("meta") for x in tensors), right, scale)
-        assert [x.shape for x in meta] == [x.shape for x in op(*tensors, right, scale)]
+        opcheck(op, tuple(x.detach() for x in tensors), options)
+        opcheck(op, tuple(x.detach().requires_grad_() for x in tensors), options)
+        mapped = vmap(lambda *t, op=op: op(*t, **options))(*(torch.stack([x, x]) for x in tensors))
+        assert_same(tuple(x[1] for x in mapped), op(*tensors, **options))
+        meta = op(*(x.to("meta") for x in tensors), **options)
+        assert [x.shape for x in meta] == [x.shape for x in op(*tensors, **options)]
 
 
 def test_who_sees_a_call_sees_the_full_operator() -> None:
@@ -422,8 +426,9 @@ def test_who_sees_a_call_sees_the_full_operator() -> None:
         heedful.attention(q, k, v).sum().backward()
     assert [n for n in calls.names if "ward" in n] == ["attention_forward", "attention_backward"]
     with torch.no_grad(), torch.profiler.profile() as trace:
-        heedful.attention(q, k, v)
-    assert {x.key for x in trace.key_averages()} >= {"heedful::plain_forward"}
+        heedful.attention(q, k, v, mask=SlidingWindow(2, 0))
+    calls = {x.key for x in trace.key_averages()}
+    assert "heedful::plain_forward" in calls and "heedful::attention_forward" not in calls
     Seen.names.clear()
     heedful.attention(*(Seen(x.detach()) for x in (q, k, v)))
     assert Seen.names == ["attention_forward.default"]
@@ -432,12 +437,12 @@ def test_who_sees_a_call_sees_the_full_operator() -> None:
 def test_plain_operators_say_what_is_wrong() -> None:
     q, k, v = qkv()
     with pytest.raises(RuntimeError, match=r"heedful.attention: k: expected .* got \[2, 2, 5, 2\]"):
-        PLAIN_FORWARD(q, k[..., :2], v, None, None)
+        PLAIN_FORWARD(q, k[..., :2], v)
     with pytest.raises(RuntimeError, match="heedful.attention: scale: expected a finite number, got inf"):
-        PLAIN_FORWARD(q, k, v, None, math.inf)
-    out, lse = PLAIN_FORWARD(q, k, v, None, None)
+        PLAIN_FORWARD(q, k, v, scale=math.inf)
+    out, lse = PLAIN_FORWARD(q, k, v)
     with pytest.raises(RuntimeError, match="heedful.attention: dout: expected"):
-        PLAIN_BACKWARD(out[..., :1], q, k, v, out, lse, None, None)
+        PLAIN_BACKWARD(out[..., :1], q, k, v, out, lse)
 
 
 def layouts(b: int, h: int, s: int, d: int) -> dict[str, Tensor]:

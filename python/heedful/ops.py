@@ -82,9 +82,10 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 # but the kernel sees the call.
 _plain_forward_op = torch.ops.heedful.plain_forward.default
 _plain_backward_op = torch.ops.heedful.plain_backward.default
-_PLAIN = frozenset(("right", "scale"))
+_PLAIN = frozenset(("q_start", "left", "right", "scale"))
 
 OTHERS = TENSORS[3:]  # than q, k, v
+_NO_PARAMETERS = (None,) * len(PARAMETERS)
 
 Tensors = tuple[Tensor | None, ...]
 Options = dict[str, Any]
@@ -123,7 +124,7 @@ def _forward_below(q: Tensor, k: Tensor, v: Tensor, arguments: Options) -> tuple
     """The kernel at once, past autograd."""
     with _below_autograd():
         if arguments.keys() <= _PLAIN and _unseen(q, k, v):
-            return _plain_forward_op(q, k, v, arguments.get("right"), arguments.get("scale"))
+            return _plain_forward_op(q, k, v, **arguments)
         return _forward_op(q, k, v, **arguments)
 
 
@@ -148,20 +149,29 @@ def _torch_allows_tf32() -> bool:
 _torch_allows_tf32._dynamo_marked_constant = True
 
 
-def backward(*tensors: Tensor | None, **options: Any) -> Tensors:
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *others: Tensor | None,
+    **options: Any,
+) -> Tensors:
     """(dq, dk, dv, dbias, dscales, dsinks, dslopes, dtable) of the tensors of BACKWARD_TENSORS.
 
     Of the last five, those that no option asks for are None.
     """
+    tensors = dout, dlse, q, k, v, out, lse, *others
     if torch.compiler.is_compiling():
         return _backward_op(*tensors, **options)
     if _transformed() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return _Backward.apply(*_all_of(BACKWARD_TENSORS, tensors), options)
     with _below_autograd():
-        if len(tensors) == 7 and tensors[1] is None and options.keys() <= _PLAIN and _unseen(*tensors[2:5]):
-            dout, _, *others = tensors
-            grads = _plain_backward_op(dout, *others, options.get("right"), options.get("scale"))
-            return *grads, *(None for _ in PARAMETERS)
+        if dlse is None and not others and options.keys() <= _PLAIN and _unseen(q, k, v):
+            return *_plain_backward_op(dout, q, k, v, out, lse, **options), *_NO_PARAMETERS
         return _backward_op(*tensors, **options)
 
 
@@ -308,11 +318,13 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> Tensors:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if not tensors:
+            return None, *_gradients(dout, dlse, (q, k, v), out, lse, ctx.options, ())[:3]
         given, needed = dict(zip(ctx.names, tensors)), dict(zip(ctx.names, ctx.needs_input_grad[4:]))
-        wanted = [name for name in PARAMETERS if needed.get(name)] if needed else ()
-        others = [given.get(name) for name in OTHERS] if given else ()
+        wanted = [name for name in PARAMETERS if needed.get(name)]
+        others = [given.get(name) for name in OTHERS]
         dq, dk, dv, *grads = _gradients(dout, dlse, (q, k, v, *others), out, lse, ctx.options, wanted)
-        grads = dict(zip(PARAMETERS, grads)) if needed else {}
+        grads = dict(zip(PARAMETERS, grads))
         return None, dq, dk, dv, *(grads.get(name) for name in ctx.names)
 
 
@@ -409,21 +421,12 @@ def _autocast_on(device_type: str) -> Callable[..., Tensors]:
 # ---- registration
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, right: int | None, scale: float | None) -> Tensors:
-    return _forward_op(q, k, v, right=right, scale=scale)
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensors:
+    return _forward_op(q, k, v, **options)
 
 
-def _plain_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    right: int | None,
-    scale: float | None,
-) -> Tensors:
-    return _backward_op(dout, None, q, k, v, out, lse, right=right, scale=scale)[:3]
+def _plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any) -> Tensors:
+    return _backward_op(dout, None, q, k, v, out, lse, **options)[:3]
 
 
 class _Reverse(torch.library.Library):

@@ -33,9 +33,9 @@ def scaled_dot_product_attention(
     together with attn_mask. dropout_p: each weight is dropped with that probability, the others are divided by
     1 - dropout_p; torch.manual_seed decides which, though not the same ones as torch drops.
     """
-    for name, x in zip(_NAMES, (query, key, value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{_SDPA}: {name}: expected a tensor, got {type(x).__name__}")
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        name, x = next((n, x) for n, x in zip(_NAMES, (query, key, value)) if not isinstance(x, Tensor))
+        raise TypeError(f"{_SDPA}: {name}: expected a tensor, got {type(x).__name__}")
     options: Arguments = {}
     if is_causal:
         options["right"] = 0
@@ -45,10 +45,10 @@ def scaled_dot_product_attention(
         options |= _dropout(dropout_p, query)
     if query.is_nested or key.is_nested or value.is_nested:
         return _jagged(query, key, value, attn_mask, options, enable_gqa)
-    if query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or _fits(attn_mask, query, key, is_causal)):
-        (batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = query.shape, key.shape, value.shape
-        same = batch == k_batch == v_batch and k_heads == v_heads
-        if same and (q_heads == k_heads or (enable_gqa and k_heads != 0 and q_heads % k_heads == 0)):
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) == len(k) == len(v) == 4 and (attn_mask is None or _fits(attn_mask, query, key, is_causal)):
+        same = q[0] == k[0] == v[0] and k[1] == v[1]
+        if same and (q[1] == k[1] or (enable_gqa and k[1] != 0 and q[1] % k[1] == 0)):
             if attn_mask is not None:
                 options["mask" if attn_mask.dtype is torch.bool else "bias"] = attn_mask
             return ops.forward(query, key, value, **options)[0]
