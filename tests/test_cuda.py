@@ -111,20 +111,20 @@ def test_hard_attention_of_float32_stays_exact(precision: str, gpu: None, tf32: 
     assert "cuda/sm80: leaves hard attention of float32 to cuda/rows" in found.reasons
 
 
-@pytest.mark.parametrize(
-    "switch",
-    [
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.fp32_precision = 'tf32'",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-        "torch.set_float32_matmul_precision('high')",
-        "torch.set_float32_matmul_precision('medium')",
-    ],
+SWITCHES = (
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
 )
-def test_calls_ask_torch_for_tf32(switch: str) -> None:
-    """However it is switched on: without a warning or an error, for float32 on a GPU alone. In a process of its own,
-    as no call undoes all of them."""
+
+
+def test_calls_ask_torch_for_tf32() -> None:
+    """However it is switched on: without a warning or an error, for float32 on a GPU alone. Each in a process of its
+    own, as no call undoes all of them; forks of one that has imported all."""
     code = f"""
+import os
 import warnings
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -143,12 +143,18 @@ def call():
             q = torch.empty(1, 2, 3, 8, dtype=dtype, device=device)
         heedful.attention(q, q, q)
 call()
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that a way is deprecated
-    {switch}
-warnings.simplefilter("error")
-call()
-assert given == [False] * 4 + [True] + [False] * 3, given
+for switch in {SWITCHES}:
+    if os.fork():
+        _, status = os.wait()
+        assert status == 0, switch
+        continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a way is deprecated
+        exec(switch)
+    warnings.simplefilter("error")
+    call()
+    assert given == [False] * 4 + [True] + [False] * 3, given
+    break
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
