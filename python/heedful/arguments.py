@@ -42,15 +42,19 @@ def lower(
     The options are those of :func:`heedful.attention`. offsets: of packed sequences, as :func:`checked_offsets`; q is
     [1, Hq, T, D] and k [1, Hk, Tk, D] then. A normalizer of "hard-st" stays: see :func:`straight_through`.
     """
-    for name, x in (("q", q), ("k", k)):
-        if x.dim() != 4:
-            raise _error(RuntimeError, name, "4 dimensions", x.dim())
-    batch, heads = q.shape[0] if offsets is None else offsets[0].numel() - 1, q.shape[1]
+    q_shape, k_shape = q.shape, k.shape
+    for name, shape in (("q", q_shape), ("k", k_shape)):
+        if len(shape) != 4:
+            raise _error(RuntimeError, name, "4 dimensions", len(shape))
+    batch, heads, q_length, _ = q_shape
+    if offsets is not None:
+        batch = offsets[0].numel() - 1
     arguments = {} if offsets is None else {"q_offsets": offsets[0], "k_offsets": offsets[1]}
     if bias is not None:
         arguments |= as_bias(bias).lower()
     if mask is not None or bias is not None or align is not BOTTOM_RIGHT:
-        arguments |= _lower_mask(Mask() if mask is None else as_mask(mask), q, k, batch, align, offsets)
+        sizes = batch, heads, q_length, k_shape[2]
+        arguments |= _lower_mask(Mask() if mask is None else as_mask(mask), sizes, q, align, offsets)
     if softcap is not None:
         arguments["softcap"] = _positive("softcap", softcap)
     if sinks is not None:
@@ -67,9 +71,9 @@ def lower(
 
 
 def _lower_mask(
-    mask: Mask, q: Tensor, k: Tensor, batch: int, align: Align, offsets: tuple[Tensor, Tensor] | None
+    mask: Mask, sizes: tuple[int, int, int, int], like: Tensor, align: Align, offsets: tuple[Tensor, Tensor] | None
 ) -> Arguments:
-    heads, q_length, k_length, lengths = q.shape[1], q.shape[2], k.shape[2], None
+    (batch, heads, q_length, k_length), lengths = sizes, None
     if offsets is not None:
         lengths = offsets[0].diff(), offsets[1].diff()
         if any(not part.native for part in mask._conjuncts()):  # else no size is needed, and a GPU not waited for
@@ -77,7 +81,10 @@ def _lower_mask(
                 expected = "Causal, SlidingWindow, lengths or a tensor where packed sequences are compiled"
                 raise _error(NotImplementedError, "mask", expected, repr(mask), "varlen_attention")
             q_length, k_length = (int(n.max()) if batch else 0 for n in lengths)
-    return mask.lower(q_length, k_length, batch, heads, q, align, lengths)
+    arguments = mask.lower(q_length, k_length, batch, heads, like, align, lengths)
+    if not torch.compiler.is_compiling() and arguments.get("q_start") == 0:  # what is compiled keeps its sizes open
+        del arguments["q_start"]  # which torch takes a microsecond to pass
+    return arguments
 
 
 def _factor(scale: float | Tensor | None, similarity: str | Gaussian, batch: int, heads: int) -> Arguments:

@@ -106,14 +106,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, 
         arguments["allow_tf32"] = True
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, **arguments)
+    plain = arguments.keys() <= _PLAIN  # none is a tensor then, and to ask takes time
     transformed = _transformed()
-    if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *arguments.values())):
-        if arguments:
+    given = () if plain else arguments.values()
+    if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, *given)):
+        if not plain:
             arguments = {name: x for name, x in arguments.items() if x is not None}
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
             q, k, v, arguments = _cast(q, k, v, arguments)
         if not transformed:
-            tensors = [x for x in arguments.values() if isinstance(x, Tensor)] if arguments else ()
+            tensors = () if plain else [x for x in arguments.values() if isinstance(x, Tensor)]
             return _Recorded.apply(arguments, q, k, v, *tensors)
         others = [arguments.pop(name, None) for name in OTHERS]
         return _Forward.apply(q, k, v, *others, arguments)
