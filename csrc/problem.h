@@ -91,6 +91,8 @@ struct Problem {
   // Compute type, zeroed, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted.
   View dbias;
   void* workspace;  // what the plan asked for
+
+  int64_t threads = 1;  // that run it: plans may follow them where no result does
 };
 
 }  // namespace heedful

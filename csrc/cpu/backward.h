@@ -3,11 +3,11 @@
 //
 //   P[i][key]   = exp(scale * sum_d Q[i][d] K^T[d][key] - lse_i)              dV[key][d] += sum_i P[i][key]  dO[i][d]
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
-//                                                                             dQ[i][d]   += sum_key dS[i][key] scale
-//                                                                             K[key][d]
+//                                                            dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, lse in the scores' units, and whether q and dO are finite;  2. everything
 // above, one task for each (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise
-// the gradients of parameters.
+// the gradients of parameters. Where there are heads enough for all threads, a task takes one through the first three:
+// its groups' dQ never leave the cache.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
 // q, dO and dS are then there twice.
@@ -22,6 +22,7 @@
 #include "hard.h"
 #include "kernels.h"
 #include "microkernel.h"
+#include "row_state.h"
 #include "scores.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -73,14 +74,26 @@ struct Backward {
     const int64_t least_blocks = p.dbias.data ? 1 : 2;  // whether it sums the batch or not: the bits are the same
     return clamp((blocks(p, keys) + least_blocks - 1) / least_blocks, 1, most_groups(p));
   }
-  // Of any sequence of this problem.
-  static int64_t task_groups(const Problem& p) { return groups(p, p.Sk); }
+  static int64_t task_groups(const Problem& p) { return groups(p, p.Sk); }  // of any sequence
+  static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
 
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
+  static int64_t head_tasks(const Problem& p) {
+    return (sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) * (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk);
+  }
+  // Whether a task takes all groups of a head, in order: where such tasks keep all threads busy but for an eighth of
+  // the time, and the groups' dQ is small. The bits are the same.
+  static bool joins_groups(const Problem& p) {
+    constexpr int64_t kTasksPerThread = 4, kMostBytes = 4 << 20;
+    const int64_t tasks = head_tasks(p), rounds = (tasks + p.threads - 1) / p.threads;
+    return (p.threads == 1 || tasks >= kTasksPerThread * p.threads) && 8 * rounds * p.threads <= 9 * tasks &&
+           int64_t(sizeof(C)) * dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(embedded_dim(p)) <= kMostBytes;
+  }
 
-  // Whether the first group adds dQ up in the output itself.
+  // Whether the first group adds dQ up in the output itself; the parts that lie elsewhere.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D; }
+  static int64_t dq_parts(const Problem& p) { return task_groups(p) - dq_in_place(p); }
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
@@ -91,27 +104,22 @@ struct Backward {
 
   static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
-  // What the tiles need of a query. lse, in the scores' own units, is rounded; the probabilities' `weight` makes up for
-  // that.
-  struct RowState {
-    C lse, weight, delta;
-  };
   // What the rows of one task of phases 1 and 3 add to the parameters of their head.
   struct RowSums {
     double sink, scale;
   };
   struct Workspace {
-    RowState* rows;     // [B, Hq, Sq]
+    RowState<C>* rows;  // [B, Hq, Sq]
     bool* finite;       // [B, Hq, tasks a head]: whether the rows' q and dout are
-    C* dq;              // [groups, B, Hq, Sq, padded embedded dim], without the first where that is the output
+    C* dq;              // [dq_parts, B, Hq, Sq, padded embedded dim]; of joined groups the task's, of its heads alone
     RowSums* row_sums;  // [B, Hq, tasks a head]
     double* distances;  // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
   };
   static size_t carve(const Problem& p, char* base, Workspace* w) {
     Carver carve{base};
-    w->rows = carve.take<RowState>(query_count(p));
+    w->rows = carve.take<RowState<C>>(query_count(p));
     w->finite = carve.take<bool>(row_tasks(p));
-    w->dq = carve.take<C>((task_groups(p) - dq_in_place(p)) * query_count(p) * padded<C>(embedded_dim(p)));
+    w->dq = joins_groups(p) ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances = wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
     return carve.size;
@@ -125,17 +133,20 @@ struct Backward {
       if (p.normalizer == Normalizer::hard) return HardBackward<S>::plan(p, plan);
     Workspace w;
     Scratch s;
-    int& count = plan->phase_count;
-    count = 0;
-    plan->phases[count++] = {row_tasks(p), &prepare};
-    plan->phases[count++] = {(sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
-                                 (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk) * task_groups(p),
-                             &run};
-    if (!dq_in_place(p) || task_groups(p) > 1 || defers_scale(p)) plan->phases[count++] = {row_tasks(p), &finish};
+    int& count = plan->phase_count = 0;
+    if (joins_groups(p)) {
+      plan->phases[count++] = {head_tasks(p), &run};
+    } else {
+      plan->phases[count++] = {row_tasks(p), &prepare};
+      plan->phases[count++] = {head_tasks(p) * task_groups(p), &run};
+      if (finishes(p)) plan->phases[count++] = {row_tasks(p), &finish};
+    }
     if (p.sinks.gradient || p.scales.gradient || wants_distances(p)) plan->phases[count++] = {p.Hq, &add_parameters};
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
+
+  static bool finishes(const Problem& p) { return !dq_in_place(p) || task_groups(p) > 1 || defers_scale(p); }
 
   // Rows [i0, i1) of one head, for phases 1 and 3.
   struct RowTask {
@@ -145,6 +156,12 @@ struct Backward {
     const int64_t per_head = row_tasks_per_head(p), head = task / per_head;
     const int64_t i0 = task % per_head * kRowsPerTask;
     return {head / p.Hq, head % p.Hq, i0, least(band.q_rows, i0 + kRowsPerTask)};
+  }
+  // The row tasks of the heads of one key/value head.
+  template <class F>
+  static void for_row_tasks(const Problem& p, int64_t b, int64_t hk, F f) {
+    const int64_t count = heads_per_group(p) * row_tasks_per_head(p), first = (b * p.Hk + hk) * count;
+    for (int64_t task = first; task < first + count; ++task) f(task);
   }
   static Band band_of_row_task(const Problem& p, int64_t task) { return Band(p, task / row_tasks_per_head(p) / p.Hq); }
 
@@ -161,30 +178,10 @@ struct Backward {
     const double unit = score_unit(p);
     double sink_sum = 0;
     for (int64_t i = t.i0; i < t.i1; ++i) {
-      const S *g = row_of<const S>(p.dout, band.batch, t.h, band.q_row + i),
-              *o = row_of<const S>(p.out, band.batch, t.h, band.q_row + i);
-      const int64_t whole = p.dout.stride[3] == 1 && p.out.stride[3] == 1 ? p.Dv / n * n : 0;
-      // An out of 0 adds nothing: a query that has only a sink to attend to ignores its dout, NaN included.
-      Vec<C> lanes = {};
-      for (int64_t d = 0; d < whole; d += n) {
-        const Vec<C> x = load_as(o + d, C());
-        lanes += select(x == Vec<C>{}, Vec<C>{}, load_as(g + d, C()) * x);
-      }
-      C delta = sum_lanes<C>(lanes);
-      for (int64_t d = whole; d < p.Dv; ++d) {
-        const C x = C(to_compute(o[d * p.out.stride[3]]));
-        delta += x == 0 ? C(0) : C(to_compute(g[d * p.dout.stride[3]])) * x;
-      }
-      if (p.dlse.data) delta -= row_of<const C>(p.dlse, band.batch, t.h, band.q_row + i)[0];
-      // A row that attends to nothing has no score above -inf; no gradient that arrives at it counts.
-      const bool dead = lse[i] == -kInfinity<C>;
-      const double exact = double(lse[i]) / unit, lost = (exact - double(C(exact))) * unit;
-      // Past 2^13 the scores themselves are rounded more coarsely than this.
-      const C weight = lost * lost < 0x1p-20 ? C(1 - lost) : C(1);
-      w.rows[row + i] = dead ? RowState{kInfinity<C>, 1, 0} : RowState{C(exact), weight, delta};
-      if (p.sinks.gradient && !dead) {
+      const RowState<C> state = w.rows[row + i] = row_state<S>(p, band, t.h, i, lse[i], unit);
+      if (p.sinks.gradient && lse[i] != -kInfinity<C>) {
         const C below = most<C>(lse[i] - sink, 0);
-        sink_sum += sink_gradient(exp2<C>(broadcast<C>(-below), broadcast<C>(C(kLog2e)))[0], delta);
+        sink_sum += sink_gradient(exp2<C>(broadcast<C>(-below), broadcast<C>(C(kLog2e)))[0], state.delta);
       }
     }
     if (w.row_sums) w.row_sums[task] = {sink_sum, 0};
@@ -206,6 +203,7 @@ struct Backward {
     E* grad_rows;           // dS, pairs along the keys
     C *dk, *dv;             // [kKeys][D]
     C* row;                 // [D]
+    C* dq;                  // of joined groups
     ScoreParts<C> parts;    // [kQueries][panel]
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
@@ -231,6 +229,7 @@ struct Backward {
       s->weights = s->p, s->grads = s->grad_rows = s->ds;
     }
     s->row = carve.take<C>(padded<C>(p.D));
+    s->dq = joins_groups(p) ? carve.take<C>(dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(dim)) : nullptr;
     s->parts = ScoreParts<C>(p, carve, queries, panel, keys, true);
     return carve.size;
   }
@@ -238,14 +237,21 @@ struct Backward {
   // The first groups come first: under a causal mask their keys are seen by the most queries.
   static void run(const Problem& p, int64_t task, void* scratch) {
     const int64_t batches = sums_batch(p) ? 1 : p.B, heads = sums_heads(p) ? 1 : p.Hk;
-    const int64_t group = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
+    const int64_t first = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
+    const bool joins = joins_groups(p);
     Workspace w;
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
+    if (joins) w.dq = s.dq;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
-      for (int64_t hk = h0; hk < (sums_heads(p) ? p.Hk : h0 + 1); ++hk)
-        Backward{p, Band(p, b), w, s, b, hk, group}.run_group();
+      for (int64_t hk = h0; hk < (sums_heads(p) ? p.Hk : h0 + 1); ++hk) {
+        const Band band(p, b);
+        if (joins) for_row_tasks(p, b, hk, [&](int64_t rows) { prepare(p, rows, scratch); });
+        for (int64_t group = first; group < (joins ? task_groups(p) : first + 1); ++group)
+          Backward{p, band, w, s, b, hk, group}.run_group();
+        if (joins && finishes(p)) for_row_tasks(p, b, hk, [&](int64_t rows) { finish_rows(p, w, s, rows); });
+      }
   }
 
   const Problem& p;
@@ -254,7 +260,6 @@ struct Backward {
   const Scratch s;
   const int64_t b, hk, group;
 
-  int64_t heads_per_group() const { return p.Hq / p.Hk; }
   int64_t lanes_k() const { return least(kKeys, padded<C>(p.Sk)); }
 
   const S* query_row(const View& view, int64_t head, int64_t i) const {
@@ -271,8 +276,10 @@ struct Backward {
   };
   static Sums dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
     if (dq_in_place(p) && group == 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2]};
-    const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p));
-    return {w.dq + (part * query_count(p) + query_index(p, band, h)) * stride, stride};
+    const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p)), heads = heads_per_group(p);
+    const int64_t row =
+        joins_groups(p) ? (part * heads + h % heads) * p.Sq : part * query_count(p) + query_index(p, band, h);
+    return {w.dq + row * stride, stride};
   }
   static double* distance_sums(const Problem& p, const Workspace& w, int64_t b, int64_t group, int64_t h) {
     return w.distances + ((b * task_groups(p) + group) * p.Hq + h) * (1 + p.table_rows);
@@ -281,7 +288,7 @@ struct Backward {
   void run_group() const {
     const int64_t parts = groups(p, band.keys), block = key_block(p);
     if (w.distances)
-      for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h)
+      for (int64_t h = hk * heads_per_group(p); h < (hk + 1) * heads_per_group(p); ++h)
         for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
     if (group >= parts) return;
     const bool finite = queries_are_finite();
@@ -303,9 +310,8 @@ struct Backward {
 
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
   bool queries_are_finite() const {
-    const int64_t heads = b * p.Hq + hk * heads_per_group(), tasks = row_tasks_per_head(p);
     bool finite = true;
-    for (int64_t task = heads * tasks; task < (heads + heads_per_group()) * tasks; ++task) finite &= w.finite[task];
+    for_row_tasks(p, b, hk, [&](int64_t task) { finite &= w.finite[task]; });
     return finite;
   }
   bool keys_are_finite(int64_t j0, int64_t keys) const {
@@ -321,7 +327,7 @@ struct Backward {
     for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
     const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
     bool packed = false;
-    for (int64_t h = hk * heads_per_group(); h < (hk + 1) * heads_per_group(); ++h) {
+    for (int64_t h = hk * heads_per_group(p); h < (hk + 1) * heads_per_group(p); ++h) {
       if (starts_dq(j0)) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
@@ -449,9 +455,9 @@ struct Backward {
                                      distances_of<InLanes::keys>(s.parts, t, panel));
     if (s.parts.keep) {
       load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, panel);
-      scale_pairs(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
+      scale_pairs<C>(grad + r0 * stride, stride, s.parts.keep, width, r1 - r0);
     }
-    const RowState* state = w.rows + query_index(p, band, t.h) + t.i0;
+    const RowState<C>* state = w.rows + query_index(p, band, t.h) + t.i0;
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (plain && !careful)
       gradients<kN, false>(prob, grad, r0, r1, state, to_log2, absent);
@@ -460,21 +466,12 @@ struct Backward {
     if (p.dbias.data) add_to_bias<C>(p, panel, grad + r0 * stride, stride);
     if (s.parts.slopes && w.distances)
       add_to_distances<C>(p, band, panel, grad + r0 * stride, stride, distance_sums(p, w, b, group, t.h));
-    if (s.parts.slopes) scale_pairs(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
+    if (s.parts.slopes) scale_pairs<C>(grad + r0 * stride, stride, s.parts.slopes, width, r1 - r0);
     if (s.parts.keep) drop(prob + r0 * stride, stride, s.parts.keep, int64_t{width}, r1 - r0);
   }
 
-  // Zeros stay zeros: they may be absent pairs, whose factor may be NaN.
-  static void scale_pairs(C* x, int64_t stride, const C* factor, int64_t width, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t l = 0; l < width; l += n) {
-        const Vec<C> y = load(x + r * stride + l);
-        store(x + r * stride + l, select(y == Vec<C>{}, Vec<C>{}, y * load(factor + r * width + l)));
-      }
-  }
-
   template <int kN, bool masked>
-  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState* state, Vec<C> to_log2,
+  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t r0, int64_t r1, const RowState<C>* state, Vec<C> to_log2,
                             Vec<C> absent) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     for_each_step<kInStep / kN>(r0, r1, [&, stride = lanes_k()](int64_t r, auto rows) {
@@ -490,7 +487,7 @@ struct Backward {
       exp2_each<C>(probability, to_log2);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
-        const RowState& row = state[r + i / kN];
+        const RowState<C>& row = state[r + i / kN];
         const Vec<C> x = probability[i] * row.weight;
         const Vec<C> y = score_gradient(x, load(grad + at(i)), broadcast<C>(row.delta));
         store(prob + at(i), masked ? select(score[i] == minus_infinity, absent, x) : x);
@@ -530,12 +527,15 @@ struct Backward {
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
 
   static void finish(const Problem& p, int64_t task, void* scratch) {
-    const Band band = band_of_row_task(p, task);
-    const RowTask t = row_task(p, band, task);
     Workspace w;
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
+    finish_rows(p, w, s, task);
+  }
+  static void finish_rows(const Problem& p, const Workspace& w, const Scratch& s, int64_t task) {
+    const Band band = band_of_row_task(p, task);
+    const RowTask t = row_task(p, band, task);
     const int64_t parts = groups(p, band.keys);
     const Sums sum = dq_rows(p, w, band, 0, t.h);
     for (int64_t part = 1; part < parts; ++part) {

@@ -38,14 +38,17 @@ void run_phase(const Problem& p, const Phase& phase, size_t scratch_bytes) {
     char* memory = scratch.at_least(scratch_bytes);
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) phase.run(p, task, memory);
   };
+  if (p.threads == 1 || phase.tasks < 2)
+    pull(0, 1);
+  else
+    torch::stable::parallel_for(0, p.threads < phase.tasks ? p.threads : phase.tasks, 1, pull);
+}
+
+int64_t threads_for(const Problem& p) {
   // Waking threads costs about 5 us, the time of this many multiply-adds on one.
   constexpr double kSmall = 2e5;
   const bool small = double(p.B) * p.Hq * p.Sq * p.Sk * (p.D + p.Dv + 1) < kSmall;
-  const int64_t threads = small ? 1 : torch::stable::get_num_threads();
-  if (threads == 1 || phase.tasks < 2)
-    pull(0, 1);
-  else
-    torch::stable::parallel_for(0, threads < phase.tasks ? threads : phase.tasks, 1, pull);
+  return small ? 1 : torch::stable::get_num_threads();
 }
 
 struct Device {
@@ -55,6 +58,7 @@ struct Device {
     const Selection selection = select(p, "cpu", this_machine(), false);
     if (!selection.cpu) raise_unsupported("cpu", selection);
     const int dtype = int(p.dtype);
+    p.threads = threads_for(p);
     Plan plan;
     (backward ? selection.cpu->backward : selection.cpu->forward)[dtype](p, &plan);
     Tensor workspace;

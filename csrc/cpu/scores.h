@@ -278,4 +278,14 @@ HEEDFUL_CALLED void drop(C* prob, int64_t stride, const C* keep, int64_t width, 
     }
 }
 
+// Factors of pairs, likewise. Zeros stay zeros: they may be absent pairs, whose factor may be NaN.
+template <class C>
+HEEDFUL_CALLED void scale_pairs(C* x, int64_t stride, const C* factor, int64_t width, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t l = 0; l < width; l += kLanes<C>) {
+      const Vec<C> y = load(x + r * stride + l);
+      store(x + r * stride + l, select(y == Vec<C>{}, Vec<C>{}, y * load(factor + r * width + l)));
+    }
+}
+
 }  // namespace heedful::HEEDFUL_TARGET
