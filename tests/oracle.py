@@ -55,8 +55,8 @@ class Truth:
         compute = torch.float64 if dtype is torch.float64 else torch.float32
         rounding = ROUNDED * torch.finfo(dtype).eps * self.rounded[name]
         rounding += COMPUTED * torch.finfo(compute).eps * self.computed[name]
-        # A weight below 2^-115 (2^-1011 in float64), a thousand times the smallest normal number, may vanish, whatever
-        # it is multiplied by: by 2^20 at most here. Half types end sooner.
+        # A weight below 2^-115 (2^-1011 in float64) may vanish, whatever it is multiplied by: by 2^20 at most here.
+        # Half types end sooner.
         tiny = (
             torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps + 2**31 * torch.finfo(compute).smallest_normal
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import cases
+import heedful
 import table
 from backends import Backend
 from cases import Case, build, causal, check, packed
@@ -281,3 +282,10 @@ def test_gradcheck_of_some_inputs(wanted: tuple[str, ...], backend: Backend) -> 
 def test_gradcheck_across_tiles(case: Case, backend: Backend) -> None:
     """In random directions, which is what gradcheck's fast mode does: one number for each input and output."""
     gradcheck_case(case, backend.device, fast_mode=True)
+
+
+def test_nothing_of_a_great_length() -> None:
+    """An empty batch has no task, whatever its other sizes would make of one."""
+    q, k = torch.empty(0, 1, 2**57, 1, requires_grad=True), torch.empty(0, 1, 1, 1, requires_grad=True)
+    heedful.attention(q, k, k).sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape

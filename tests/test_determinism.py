@@ -56,6 +56,18 @@ def test_any_number_of_threads(case: Case, dtype: torch.dtype, backend: Backend,
         assert not differing(first, problem.results()), f"{count} threads"
 
 
+@DTYPES
+@pytest.mark.parametrize("heads", [8, 9, 12])
+def test_many_heads_on_any_number_of_threads(heads: int, dtype: torch.dtype, backend: Backend, threads: None) -> None:
+    """So many that a task of backward takes a whole head on two threads, and on three or five a part of one."""
+    problem = build(causal((1, heads, heads, 70, 400, 16, 16), scales="h"), dtype, backend.device)
+    torch.set_num_threads(2)
+    first = problem.results()
+    for count in (1, 3, 5):
+        torch.set_num_threads(count)
+        assert not differing(first, problem.results()), f"{count} threads"
+
+
 def chosen(problem: Problem, order: list[int]) -> Problem:
     """The problem whose batch holds the sequences `order` of this one, in that order."""
     batch = problem.case.sizes[0]

@@ -79,15 +79,17 @@ struct Backward {
 
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
-  static int64_t head_tasks(const Problem& p) {
-    return (sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) * (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk);
+  static int64_t head_tasks(const Problem& p, bool of_one_sequence = false) {
+    return (of_one_sequence || sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
+           (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk);
   }
   // Whether a task takes all groups of a head, in order: where such tasks keep all threads busy but for an eighth of
-  // the time, and the groups' dQ is small. The bits are the same.
+  // the time (of unlike sequences one may be nearly all the work), and the groups' dQ is small. The bits are the same.
   static bool joins_groups(const Problem& p) {
-    constexpr int64_t kTasksPerThread = 4, kMostBytes = 4 << 20;
-    const int64_t tasks = head_tasks(p), rounds = (tasks + p.threads - 1) / p.threads;
-    return (p.threads == 1 || tasks >= kTasksPerThread * p.threads) && 8 * rounds * p.threads <= 9 * tasks &&
+    constexpr int64_t kEach = 4, kMostBytes = 4 << 20;
+    const int64_t tasks = head_tasks(p, p.q_offsets || p.q_lengths || p.k_lengths || p.tiles.data);
+    const bool busy = tasks >= kEach * p.threads && 9 * tasks / p.threads >= 8 * ((tasks - 1) / p.threads + 1);
+    return tasks > 0 && (p.threads == 1 || busy) &&
            int64_t(sizeof(C)) * dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(embedded_dim(p)) <= kMostBytes;
   }
 
@@ -101,7 +103,6 @@ struct Backward {
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && !scales_first(p); }
   // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
   static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
-
   static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
   // What the rows of one task of phases 1 and 3 add to the parameters of their head.
@@ -147,7 +148,6 @@ struct Backward {
   }
 
   static bool finishes(const Problem& p) { return !dq_in_place(p) || task_groups(p) > 1 || defers_scale(p); }
-
   // Rows [i0, i1) of one head, for phases 1 and 3.
   struct RowTask {
     int64_t b, h, i0, i1;

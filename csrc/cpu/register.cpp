@@ -11,7 +11,7 @@
 namespace heedful::cpu {
 namespace {
 
-// Grows to what has been asked for, a megabyte or so, and is kept: fresh pages would cost more than a small call.
+// Grows to what has been asked for, some megabytes at most, and is kept: fresh pages would cost more than a small call.
 struct Buffer {
   std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
   size_t size = 0;
