@@ -82,9 +82,9 @@ def _lower_mask(
                 raise _error(NotImplementedError, "mask", expected, repr(mask), "varlen_attention")
             q_length, k_length = (int(n.max()) if batch else 0 for n in lengths)
     arguments = mask.lower(q_length, k_length, batch, heads, like, align, lengths)
-    start = arguments.get("q_start")
-    if type(start) is int and start == 0 and not torch.compiler.is_compiling():  # which keeps sizes open
-        del arguments["q_start"]  # torch takes a microsecond to pass it
+    # A position of 0 is the default, which torch takes a microsecond to pass. To ask would guard what is compiled.
+    if not torch.compiler.is_compiling() and type(start := arguments.get("q_start")) is int and start == 0:
+        del arguments["q_start"]
     return arguments
 
 
