@@ -37,9 +37,9 @@ inline void compare_gradients(const std::string& name, const Call& got, const Ca
     compare(name, what, c, got.*result, expected.*result, size);
   };
   check("dq", &Call::dq), check("dk", &Call::dk), check("dv", &Call::dv);
-  // Sums over queries, each rounded on its own, of what scores are made of.
-  const double queries = std::sqrt(double(c.B * c.Sq));
-  check("dbias", &Call::dbias, std::strchr(c.bias, 'i') ? 1 : queries);
+  // Sums over queries or heads, each rounded on its own, of what scores are made of.
+  const double queries = std::sqrt(double(c.B * c.Sq)), heads = std::sqrt(double(c.Hq));
+  check("dbias", &Call::dbias, (std::strchr(c.bias, 'i') ? 1 : queries) * (std::strchr(c.bias, 'h') ? 1 : heads));
   check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
   check("dscales", &Call::dscales, queries * double(c.D) * similarity_size);
   check("dslopes", &Call::dslopes, queries * double(c.Sk));
