@@ -6,8 +6,7 @@
 //                                                            dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, lse in the scores' units, and whether q and dO are finite;  2. everything
 // above, one task for each (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise
-// the gradients of parameters. Where there are heads enough for all threads, a task takes one through the first three:
-// its groups' dQ never leave the cache.
+// the gradients of parameters. Where heads keep all threads busy, a task takes one through 1 to 3, with dQ at hand.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
 // q, dO and dS are then there twice.
@@ -79,23 +78,25 @@ struct Backward {
 
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
   static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
-  static int64_t head_tasks(const Problem& p, bool of_one_sequence = false) {
-    return (of_one_sequence || sums_batch(p) ? least<int64_t>(p.B, 1) : p.B) *
-           (sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk);
-  }
+  static int64_t task_batches(const Problem& p) { return sums_batch(p) ? least<int64_t>(p.B, 1) : p.B; }
+  static int64_t task_heads(const Problem& p) { return sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk; }
+  static int64_t head_tasks(const Problem& p) { return task_batches(p) * task_heads(p); }
   // Whether a task takes all groups of a head, in order: where such tasks keep all threads busy but for an eighth of
   // the time (of unlike sequences one may be nearly all the work), and the groups' dQ is small. The bits are the same.
   static bool joins_groups(const Problem& p) {
     constexpr int64_t kEach = 4, kMostBytes = 4 << 20;
-    const int64_t tasks = head_tasks(p, p.q_offsets || p.q_lengths || p.k_lengths || p.tiles.data);
+    const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths || p.tiles.data;
+    const int64_t tasks = unlike ? least(head_tasks(p), task_heads(p)) : head_tasks(p);
     const bool busy = tasks >= kEach * p.threads && 9 * tasks / p.threads >= 8 * ((tasks - 1) / p.threads + 1);
-    return tasks > 0 && (p.threads == 1 || busy) &&
-           int64_t(sizeof(C)) * dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(embedded_dim(p)) <= kMostBytes;
+    return tasks > 0 && (p.threads == 1 || busy) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
   }
 
   // Whether the first group adds dQ up in the output itself; the parts that lie elsewhere.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D; }
   static int64_t dq_parts(const Problem& p) { return task_groups(p) - dq_in_place(p); }
+  static int64_t dq_size(const Problem& p) {
+    return dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(embedded_dim(p));
+  }
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
@@ -147,14 +148,13 @@ struct Backward {
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
 
-  static bool finishes(const Problem& p) { return !dq_in_place(p) || task_groups(p) > 1 || defers_scale(p); }
+  static bool finishes(const Problem& p) { return dq_parts(p) > 0 || defers_scale(p); }
   // Rows [i0, i1) of one head, for phases 1 and 3.
   struct RowTask {
     int64_t b, h, i0, i1;
   };
   static RowTask row_task(const Problem& p, const Band& band, int64_t task) {
-    const int64_t per_head = row_tasks_per_head(p), head = task / per_head;
-    const int64_t i0 = task % per_head * kRowsPerTask;
+    const int64_t per_head = row_tasks_per_head(p), head = task / per_head, i0 = task % per_head * kRowsPerTask;
     return {head / p.Hq, head % p.Hq, i0, least(band.q_rows, i0 + kRowsPerTask)};
   }
   // The row tasks of the heads of one key/value head.
@@ -229,15 +229,15 @@ struct Backward {
       s->weights = s->p, s->grads = s->grad_rows = s->ds;
     }
     s->row = carve.take<C>(padded<C>(p.D));
-    s->dq = joins_groups(p) ? carve.take<C>(dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(dim)) : nullptr;
+    s->dq = joins_groups(p) ? carve.take<C>(dq_size(p)) : nullptr;
     s->parts = ScoreParts<C>(p, carve, queries, panel, keys, true);
     return carve.size;
   }
 
   // The first groups come first: under a causal mask their keys are seen by the most queries.
   static void run(const Problem& p, int64_t task, void* scratch) {
-    const int64_t batches = sums_batch(p) ? 1 : p.B, heads = sums_heads(p) ? 1 : p.Hk;
-    const int64_t first = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
+    const int64_t batches = task_batches(p), heads = task_heads(p);
+    const int64_t g0 = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
     const bool joins = joins_groups(p);
     Workspace w;
     Scratch s;
@@ -248,7 +248,7 @@ struct Backward {
       for (int64_t hk = h0; hk < (sums_heads(p) ? p.Hk : h0 + 1); ++hk) {
         const Band band(p, b);
         if (joins) for_row_tasks(p, b, hk, [&](int64_t rows) { prepare(p, rows, scratch); });
-        for (int64_t group = first; group < (joins ? task_groups(p) : first + 1); ++group)
+        for (int64_t group = g0; group < (joins ? task_groups(p) : g0 + 1); ++group)
           Backward{p, band, w, s, b, hk, group}.run_group();
         if (joins && finishes(p)) for_row_tasks(p, b, hk, [&](int64_t rows) { finish_rows(p, w, s, rows); });
       }
