@@ -3,7 +3,7 @@
 
     python benchmarks/calls.py [--threads N] [--turns N]
 
-Prints a Markdown table of microseconds a call, the best of the turns. Run it on a quiet machine.
+Prints a Markdown table of microseconds, the best call of all turns. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from timeit import timeit
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import heedful
-from heedful.bench.timing import cpu_name
+from heedful.bench.timing import cpu_name, in_turns
 
 D = 64
-CALLS_A_TURN = 2000
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,14 +55,10 @@ def ways(call: Call) -> dict[str, Callable[[], object]]:
     }
 
 
-def microseconds(call: Callable[[], object], calls: int) -> float:
-    return timeit(call, number=calls) / calls * 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {args.threads} threads, torch {torch.__version__}")
@@ -75,9 +69,8 @@ def main() -> None:
     for name, (ours, torchs) in table.items():
         cells = []
         for kind in kinds:
-            calls = CALLS_A_TURN // (5 if kind == "with backward" else 1)
-            turns = [tuple(microseconds(x[kind], calls) for x in (ours, torchs)) for _ in range(args.turns + 1)][1:]
-            cells.append(", ".join(f"{min(times):.1f}" for times in zip(*turns)))
+            seconds = in_turns(args.turns, ours[kind], torchs[kind])
+            cells.append(", ".join(f"{x * 1e6:.1f}" for x in seconds))
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
 
 
