@@ -68,6 +68,31 @@ def test_many_heads_on_any_number_of_threads(heads: int, dtype: torch.dtype, bac
         assert not differing(first, problem.results()), f"{count} threads"
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    "case",
+    [
+        causal((1, 8, 2, 300, 300, 16, 24), scales="h", sinks="h", table="h", reach=50),
+        Case((2, 8, 1, 200, 333, 24, 16), similarity="gaussian", left=100),
+        Case((2, 6, 2, 130, 250, 16, 16), bias="hqk", wide_bias=True, mask="bqk"),
+        Case((2, 6, 2, 130, 250, 16, 16), bias="qk"),
+        Case((4, 4, 1, 257, 500, 16, 16), k_lengths=(500, 1, 0, 190), q_lengths=(257, 60, 7, 200)),
+        packed((4, 1), (16, 8), (300, 500), (1, 5), (0, 64), (64, 130), (130, 130), **table.TOGETHER, right=9),
+    ],
+    ids=str,
+)
+def test_heads_of_a_group_on_any_number_of_threads(
+    case: Case, dtype: torch.dtype, backend: Backend, threads: None
+) -> None:
+    """A task of backward takes the heads of a group on one thread, and a single one where groups are too few."""
+    problem = build(case, dtype, backend.device)
+    torch.set_num_threads(1)
+    first = problem.results()
+    for count in (2, 5):
+        torch.set_num_threads(count)
+        assert not differing(first, problem.results()), f"{count} threads"
+
+
 def chosen(problem: Problem, order: list[int]) -> Problem:
     """The problem whose batch holds the sequences `order` of this one, in that order."""
     batch = problem.case.sizes[0]
@@ -95,6 +120,7 @@ PER_SEQUENCE = ("out", "lse", "dq", "dk", "dv")
         Case((5, 2, 1, 70, 150, 16, 24), bias="bk", mask="bhqk"),
         Case((5, 2, 1, 70, 150, 16, 24), q_starts=(0, 80, -30, 500, 7), left=60, right=0),
         Case((5, 2, 2, 129, 300, 16, 16), k_lengths=(300, 0, 1, 200, 129), q_lengths=(1, 129, 70, 64, 65)),
+        Case((5, 4, 1, 257, 500, 16, 16), k_lengths=(500, 0, 129, 330, 500), q_lengths=(257, 257, 70, 200, 64)),
         Case((5, 6, 1, 48, 2500, 16, 16), k_lengths=(2500, 0, 2049, 200, 30), q_lengths=(1, 12, 48, 20, 5), right=0),
     ],
     ids=str,

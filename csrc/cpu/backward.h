@@ -5,21 +5,20 @@
 //   dS[i][key]  = P * (sum_d dO[i][d] V^T[d][key] - delta_i)                  dK[key][d] += sum_i dS[i][key] Q[i][d]
 //                                                            dQ[i][d]   += sum_key dS[i][key] scale K[key][d]
 // Phases: 1. delta_i = sum_d dO O - dlse_i, lse in the scores' units, and whether q and dO are finite;  2. everything
-// above, one task for each (key/value head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise
-// the gradients of parameters. Where heads keep all threads busy, a task takes one through 1 to 3, with dQ at hand.
+// above, one task for each (head, group of key blocks);  3. the groups' dQ added up in order;  4. likewise the query
+// heads' dK and dV;  5. likewise the gradients of parameters. Where heads keep all threads busy, a task takes one
+// through 1 to 3, with dQ at hand; how heads and keys are dealt out is in backward_tasks.h.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
 // q, dO and dS are then there twice.
-//
-// Groups exist for parallelism alone. Their number follows from the sequence's own length and the head count, never
-// from the machine, so the result's bits do not depend on it. Where a bias broadcasts over batch or heads, a task goes
-// over those itself, in order: nobody else adds to its part of the bias gradient.
 #pragma once
 
+#include "backward_tasks.h"
 #include "bias_gradients.h"
 #include "embedding.h"
 #include "hard.h"
 #include "kernels.h"
+#include "key_gradients.h"
 #include "microkernel.h"
 #include "row_state.h"
 #include "scores.h"
@@ -51,51 +50,24 @@ struct KeysSeen {
 };
 
 template <class S, class E = Compute<S>>
-struct Backward {
+struct Backward : BackwardTasks {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
-  static constexpr int64_t kQueries = 64, kKeys = 128;
-  static constexpr int64_t kRowsPerTask = 256;  // of phases 1 and 3
 
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
-  static int64_t key_block(const Problem& p) { return p.tiles.data ? kMaskTile : kKeys; }
-  static int64_t blocks(const Problem& p, int64_t keys) { return (keys + key_block(p) - 1) / key_block(p); }
-  // Enough groups for 16 tasks a sequence, each of two blocks as a rule: eight groups cost 3 % (their dQ is added up).
-  static int64_t most_groups(const Problem& p) {
-    if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
-    return clamp((16 + p.Hk - 1) / most<int64_t>(p.Hk, 1), 1, 8);
-  }
-  // Group g takes the blocks g, g + groups, and so on: under a causal mask their work is nearly the same. A bias's
-  // gradient that is summed over the batch wants each block in the same group for all sequences.
-  static int64_t groups(const Problem& p, int64_t keys) {
-    const int64_t least_blocks = p.dbias.data ? 1 : 2;  // whether it sums the batch or not: the bits are the same
-    return clamp((blocks(p, keys) + least_blocks - 1) / least_blocks, 1, most_groups(p));
-  }
-  static int64_t task_groups(const Problem& p) { return groups(p, p.Sk); }  // of any sequence
-  static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
-
-  static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
-  static bool sums_heads(const Problem& p) { return p.dbias.data && p.dbias.stride[1] == 0; }
-  static int64_t task_batches(const Problem& p) { return sums_batch(p) ? least<int64_t>(p.B, 1) : p.B; }
-  static int64_t task_heads(const Problem& p) { return sums_heads(p) ? least<int64_t>(p.Hk, 1) : p.Hk; }
-  static int64_t head_tasks(const Problem& p) { return task_batches(p) * task_heads(p); }
-  // Whether a task takes all groups of a head, in order: where such tasks keep all threads busy but for an eighth of
-  // the time (of unlike sequences one may be nearly all the work), and the groups' dQ is small. The bits are the same.
+  // Whether a task takes all groups of its heads, in order. The bits are the same.
   static bool joins_groups(const Problem& p) {
-    constexpr int64_t kEach = 4, kMostBytes = 4 << 20;
-    const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths || p.tiles.data;
-    const int64_t tasks = unlike ? least(head_tasks(p), task_heads(p)) : head_tasks(p);
-    const bool busy = tasks >= kEach * p.threads && 9 * tasks / p.threads >= 8 * ((tasks - 1) / p.threads + 1);
-    return tasks > 0 && (p.threads == 1 || busy) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
+    constexpr int64_t kMostBytes = 4 << 20;
+    return keeps_busy(p, task_heads(p)) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
   }
 
   // Whether the first group adds dQ up in the output itself; the parts that lie elsewhere.
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D; }
   static int64_t dq_parts(const Problem& p) { return task_groups(p) - dq_in_place(p); }
   static int64_t dq_size(const Problem& p) {
-    return dq_parts(p) * heads_per_group(p) * p.Sq * padded<C>(embedded_dim(p));
+    return dq_parts(p) * heads_per_task(p) * p.Sq * padded<C>(embedded_dim(p));
   }
   // Whether dQ comes out unscaled and embedded, for phase 3 to take back: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
@@ -114,21 +86,20 @@ struct Backward {
     RowState<C>* rows;  // [B, Hq, Sq]
     bool* finite;       // [B, Hq, tasks a head]: whether the rows' q and dout are
     C* dq;              // [dq_parts, B, Hq, Sq, padded embedded dim]; of joined groups the task's, of its heads alone
-    RowSums* row_sums;  // [B, Hq, tasks a head]
-    double* distances;  // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
+    KeyGradients<C> of_heads;  // of split heads: [B, Hq, Sk]
+    RowSums* row_sums;         // [B, Hq, tasks a head]
+    double* distances;         // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
   };
   static size_t carve(const Problem& p, char* base, Workspace* w) {
     Carver carve{base};
     w->rows = carve.take<RowState<C>>(query_count(p));
     w->finite = carve.take<bool>(row_tasks(p));
     w->dq = joins_groups(p) ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
+    w->of_heads = KeyGradients<C>::take(carve, p, splits_heads(p) ? key_count(p) * heads_per_group(p) : 0);
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances = wants_distances(p) ? carve.take<double>(p.B * task_groups(p) * p.Hq * (1 + p.table_rows)) : nullptr;
     return carve.size;
   }
-
-  static int64_t row_tasks_per_head(const Problem& p) { return (p.Sq + kRowsPerTask - 1) / kRowsPerTask; }
-  static int64_t row_tasks(const Problem& p) { return p.B * p.Hq * row_tasks_per_head(p); }
 
   static void plan(const Problem& p, Plan* plan) {
     if constexpr (!kBFloat16x2)  // which leave it to others
@@ -143,27 +114,13 @@ struct Backward {
       plan->phases[count++] = {head_tasks(p) * task_groups(p), &run};
       if (finishes(p)) plan->phases[count++] = {row_tasks(p), &finish};
     }
+    if (splits_heads(p)) plan->phases[count++] = {p.B * p.Hk * key_blocks(p, p.Sk), &add_heads};
     if (p.sinks.gradient || p.scales.gradient || wants_distances(p)) plan->phases[count++] = {p.Hq, &add_parameters};
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
 
   static bool finishes(const Problem& p) { return dq_parts(p) > 0 || defers_scale(p); }
-  // Rows [i0, i1) of one head, for phases 1 and 3.
-  struct RowTask {
-    int64_t b, h, i0, i1;
-  };
-  static RowTask row_task(const Problem& p, const Band& band, int64_t task) {
-    const int64_t per_head = row_tasks_per_head(p), head = task / per_head, i0 = task % per_head * kRowsPerTask;
-    return {head / p.Hq, head % p.Hq, i0, least(band.q_rows, i0 + kRowsPerTask)};
-  }
-  // The row tasks of the heads of one key/value head.
-  template <class F>
-  static void for_row_tasks(const Problem& p, int64_t b, int64_t hk, F f) {
-    const int64_t count = heads_per_group(p) * row_tasks_per_head(p), first = (b * p.Hk + hk) * count;
-    for (int64_t task = first; task < first + count; ++task) f(task);
-  }
-  static Band band_of_row_task(const Problem& p, int64_t task) { return Band(p, task / row_tasks_per_head(p) / p.Hq); }
 
   // ---- phase 1 ------------------------------------------------------------------------------------------------------
 
@@ -201,7 +158,8 @@ struct Backward {
     C *p, *ds;              // [kQueries][kKeys]
     E *weights, *grads;     // P and dS, likewise: as operands
     E* grad_rows;           // dS, pairs along the keys
-    C *dk, *dv;             // [kKeys][D]
+    KeyGradients<C> sum;    // [kKeys]
+    KeyGradients<C> other;  // likewise, of a head that is added to others
     C* row;                 // [D]
     C* dq;                  // of joined groups
     ScoreParts<C> parts;    // [kQueries][panel]
@@ -213,8 +171,8 @@ struct Backward {
     s->kt = carve.take<E>(terms<E>(dim) * keys);
     s->vt = carve.take<E>(terms<E>(p.Dv) * keys);
     s->k = carve.take<E>(terms<E>(keys) * padded<C>(dim));
-    s->dk = carve.take<C>(keys * padded<C>(dim));
-    s->dv = carve.take<C>(keys * padded<C>(p.Dv));
+    s->sum = KeyGradients<C>::take(carve, p, keys);
+    s->other = KeyGradients<C>::take(carve, p, heads_per_task(p) > 1 ? keys : 0);
     s->q = q_in_place(p) ? nullptr : carve.take<E>(terms<E>(queries) * padded<C>(dim));
     s->dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(terms<E>(queries) * padded<C>(p.Dv));
     s->p = carve.take<C>(queries * keys);
@@ -245,12 +203,13 @@ struct Backward {
     carve(p, static_cast<char*>(scratch), &s);
     if (joins) w.dq = s.dq;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
-      for (int64_t hk = h0; hk < (sums_heads(p) ? p.Hk : h0 + 1); ++hk) {
+      for (int64_t x = h0; x < (sums_heads(p) ? p.Hk : h0 + 1); ++x) {
         const Band band(p, b);
-        if (joins) for_row_tasks(p, b, hk, [&](int64_t rows) { prepare(p, rows, scratch); });
+        const HeadGroup heads = head_group(p, x);
+        if (joins) for_row_tasks(p, b, heads, [&](int64_t rows) { prepare(p, rows, scratch); });
         for (int64_t group = g0; group < (joins ? task_groups(p) : g0 + 1); ++group)
-          Backward{p, band, w, s, b, hk, group}.run_group();
-        if (joins && finishes(p)) for_row_tasks(p, b, hk, [&](int64_t rows) { finish_rows(p, w, s, rows); });
+          Backward{{}, p, band, w, s, b, heads, group}.run_group();
+        if (joins && finishes(p)) for_row_tasks(p, b, heads, [&](int64_t rows) { finish_rows(p, w, s, rows); });
       }
   }
 
@@ -258,7 +217,9 @@ struct Backward {
   const Band band;
   const Workspace w;
   const Scratch s;
-  const int64_t b, hk, group;
+  const int64_t b;
+  const HeadGroup heads;
+  const int64_t group;
 
   int64_t lanes_k() const { return least(kKeys, padded<C>(p.Sk)); }
 
@@ -267,7 +228,7 @@ struct Backward {
   }
   template <class T = const S>
   T* key_row(const View& view, int64_t j) const {
-    return row_of<T>(view, band.batch, hk, band.k_row + j);
+    return row_of<T>(view, band.batch, heads.hk, band.k_row + j);
   }
 
   struct Sums {
@@ -276,7 +237,7 @@ struct Backward {
   };
   static Sums dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
     if (dq_in_place(p) && group == 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2]};
-    const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p)), heads = heads_per_group(p);
+    const int64_t part = group - dq_in_place(p), stride = padded<C>(embedded_dim(p)), heads = heads_per_task(p);
     const int64_t row =
         joins_groups(p) ? (part * heads + h % heads) * p.Sq : part * query_count(p) + query_index(p, band, h);
     return {w.dq + row * stride, stride};
@@ -286,9 +247,9 @@ struct Backward {
   }
 
   void run_group() const {
-    const int64_t parts = groups(p, band.keys), block = key_block(p);
+    const int64_t parts = groups(p, band), block = key_block(p);
     if (w.distances)
-      for (int64_t h = hk * heads_per_group(p); h < (hk + 1) * heads_per_group(p); ++h)
+      for (int64_t h = heads.first; h < heads.end; ++h)
         for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
     if (group >= parts) return;
     const bool finite = queries_are_finite();
@@ -311,7 +272,7 @@ struct Backward {
   // A masked pair's zero probability would let infinities and NaNs through the products over queries and keys.
   bool queries_are_finite() const {
     bool finite = true;
-    for_row_tasks(p, b, hk, [&](int64_t task) { finite &= w.finite[task]; });
+    for_row_tasks(p, b, heads, [&](int64_t task) { finite &= w.finite[task]; });
     return finite;
   }
   bool keys_are_finite(int64_t j0, int64_t keys) const {
@@ -319,18 +280,25 @@ struct Backward {
            all_finite<C>(key_row(p.v, j0), p.v.stride[2], p.v.stride[3], keys, p.Dv);
   }
 
+  int64_t tile_end(int64_t i0) const { return p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries; }
+
   void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
     const bool careful = !(finite && keys_are_finite(j0, keys));
-    const int64_t dk_stride = padded<C>(embedded_dim(p)), dv_stride = padded<C>(p.Dv);
-    for (int64_t x = 0; x < (block_end - j0) * dk_stride; ++x) s.dk[x] = 0;
-    for (int64_t x = 0; x < (block_end - j0) * dv_stride; ++x) s.dv[x] = 0;
-    const int64_t first = keys > 0 ? band.first_query(j0) : 0, end = keys > 0 ? band.end_query(j1 - 1) : 0;
+    const int64_t rows = block_end - j0, first = keys > 0 ? band.first_query(j0) : 0,
+                  end = keys > 0 ? band.end_query(j1 - 1) : 0;
+    const bool splits = splits_heads(p);
+    const KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
+    // A tile's sum is added to what is there: a head of one tile may add it to the others' at once, with the same bits.
+    const bool apart = heads.end - heads.first > 1 && tile_end(first) < end;
+    total.clear(rows);
+    if (apart) s.other.clear(rows);
     bool packed = false;
-    for (int64_t h = hk * heads_per_group(p); h < (hk + 1) * heads_per_group(p); ++h) {
+    for (int64_t h = heads.first; h < heads.end; ++h) {
+      const KeyGradients<C>& sum = apart && h > heads.first ? s.other : total;
       if (starts_dq(j0)) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
-        next = p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries;
+        next = tile_end(i0);
         Tile tile{b, h, i0, least(next, end), j0, j1};
         if (!find_masks(p, InLanes::keys, s.parts.words, &tile)) {
           if (starts_dq(j0)) clear_dq(h, tile.i0, tile.i1);
@@ -338,18 +306,26 @@ struct Backward {
         }
         if (!packed) pack_keys(j0, keys);
         packed = true;
-        run_tile(tile, careful);
+        run_tile(tile, sum, careful);
       }
+      if (apart && h > heads.first) s.other.move_to(total, rows);
     }
+    if (!splits) finish_keys(total, j0, block_end);
+  }
+
+  KeyGradients<C> of_head(int64_t h, int64_t j0) const {
+    return w.of_heads.from_row((band.batch * p.Hq + h) * p.k_rows + band.k_row + j0);
+  }
+
+  void finish_keys(const KeyGradients<C>& sum, int64_t j0, int64_t block_end) const {
     if (p.similarity != Similarity::dot)
-      for (int64_t j = 0; j < keys; ++j) {
-        load_tile<C>(s.row, padded<C>(p.D), Source<S>{key_row(p.k, j0 + j), 0, p.k.stride[3]}, 1, p.D, padded<C>(p.D),
-                     C(1));
-        pull_back(p, Role::key, s.dk + j * dk_stride, s.row);
+      for (int64_t j = j0; j < least(block_end, band.keys); ++j) {
+        load_tile<C>(s.row, padded<C>(p.D), Source<S>{key_row(p.k, j), 0, p.k.stride[3]}, 1, p.D, padded<C>(p.D), C(1));
+        pull_back(p, Role::key, sum.dk + (j - j0) * sum.dk_stride, s.row);
       }
-    store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], s.dk, dk_stride, block_end - j0, p.D,
+    store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], sum.dk, sum.dk_stride, block_end - j0, p.D,
                   scales_first(p) && !kBFloat16x2 ? C(1) : C(p.scale));
-    store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], s.dv, dv_stride, block_end - j0, p.Dv, C(1));
+    store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], sum.dv, sum.dv_stride, block_end - j0, p.Dv, C(1));
   }
 
   void pack_keys(int64_t j0, int64_t keys) const {
@@ -390,7 +366,7 @@ struct Backward {
     }
   }
 
-  void run_tile(const Tile& t, bool careful) const {
+  void run_tile(const Tile& t, const KeyGradients<C>& sum, bool careful) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, stride = lanes_k();
     const int64_t d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const Queries rows = pack_queries(t);
@@ -407,17 +383,18 @@ struct Backward {
     const Sums dq = dq_rows(p, w, band, group, t.h);
     C* dq_tile = dq.data + t.i0 * dq.stride;
     if (careful && starts_dq(t.j0)) clear_dq(t.h, t.i0, t.i1);
-    if (careful) return multiply_carefully(t, rows, dq_tile, dq.stride);
+    if (careful) return multiply_carefully(t, rows, sum, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
-    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, rows.dout.data, rows.dout.stride, s.dv, dv, dv, s.dv,
+    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, rows.dout.data, rows.dout.stride, sum.dv, dv, dv,
+                                    sum.dv, seers);
+    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, sum.dk, d, d, sum.dk,
                                     seers);
-    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, s.dk, d, d, s.dk, seers);
     const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
     if (starts_dq(t.j0))
-      multiply<Onto::nothing>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
+      multiply<Onto::nothing>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.sum.dk, seen);
     else
-      multiply<Onto::c>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.dk, seen);
+      multiply<Onto::c>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.sum.dk, seen);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
@@ -444,10 +421,10 @@ struct Backward {
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
     multiply<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim), width,
-                                        prob, stride, width, s.dk,
+                                        prob, stride, width, s.sum.dk,
                                         SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), panel)});
     multiply<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1, s.vt + l * terms<E>(p.Dv),
-                                        width, grad, stride, width, s.dk,
+                                        width, grad, stride, width, s.sum.dk,
                                         SumMeanwhile{{p.Dv}, ahead_of(p.dbias, sizeof(C), panel)});
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
@@ -498,12 +475,13 @@ struct Backward {
 
   // The three products, leaving absent pairs (P = -1) out one by one; added up in the same order, so that the bits do
   // not depend on the way.
-  void multiply_carefully(const Tile& t, const Queries& rows, C* dq, int64_t dq_stride) const {
+  void multiply_carefully(const Tile& t, const Queries& rows, const KeyGradients<C>& sum, C* dq,
+                          int64_t dq_stride) const {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
     const auto present = [&](int64_t i, int64_t j) { return i < queries && j < keys && !(s.p[i * stride + j] < 0); };
     // c += sum_x a[x * a_stride] * b[x], a row of `width` numbers; `at(x)` says whether its number x takes part.
-    const auto add = [&](C* c, int64_t count, const E* a, int64_t a_stride, Rows<E> b, int64_t width, auto at) {
+    const auto add_row = [&](C* c, int64_t count, const E* a, int64_t a_stride, Rows<E> b, int64_t width, auto at) {
       for (int64_t l = 0; l < width; l += n) {
         Vec<C> sum = {};
         for (int64_t x = 0; x < terms<E>(count); ++x) {
@@ -516,12 +494,12 @@ struct Backward {
     };
     for (int64_t j = 0; j < keys; ++j) {
       const auto seen = [&](int64_t i) { return present(i, j); };
-      add(s.dv + j * dv, queries, s.weights + j, stride, rows.dout, dv, seen);
-      add(s.dk + j * dk, queries, s.grads + j, stride, rows.q, dk, seen);
+      add_row(sum.dv + j * dv, queries, s.weights + j, stride, rows.dout, dv, seen);
+      add_row(sum.dk + j * dk, queries, s.grads + j, stride, rows.q, dk, seen);
     }
     for (int64_t i = 0; i < queries; ++i)
-      add(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, {s.k, dk}, dk,
-          [&](int64_t j) { return present(i, j); });
+      add_row(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, {s.k, dk}, dk,
+              [&](int64_t j) { return present(i, j); });
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
@@ -536,7 +514,7 @@ struct Backward {
   static void finish_rows(const Problem& p, const Workspace& w, const Scratch& s, int64_t task) {
     const Band band = band_of_row_task(p, task);
     const RowTask t = row_task(p, band, task);
-    const int64_t parts = groups(p, band.keys);
+    const int64_t parts = groups(p, band);
     const Sums sum = dq_rows(p, w, band, 0, t.h);
     for (int64_t part = 1; part < parts; ++part) {
       const Sums more = dq_rows(p, w, band, part, t.h);
@@ -565,15 +543,34 @@ struct Backward {
     if (idle) return 0;  // a query that takes part in nothing may be NaN
     const Source<S> q{row_of<const S>(p.q, band.batch, h, band.q_row + i), 0, p.q.stride[3]};
     load_tile<C>(s.row, padded<C>(p.D), q, 1, p.D, padded<C>(p.D), C(1));
-    load_tile<C>(s.dk, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));  // the memory of phase 2
-    embed_rows(p, Role::query, s.dk, padded<C>(dim), 1, C(1));
-    const C scale_gradient = inner_product(s.dk, g, dim), scale = scale_of<C>(p, b, h);
+    load_tile<C>(s.sum.dk, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));  // the memory of phase 2
+    embed_rows(p, Role::query, s.sum.dk, padded<C>(dim), 1, C(1));
+    const C scale_gradient = inner_product(s.sum.dk, g, dim), scale = scale_of<C>(p, b, h);
     pull_back(p, Role::query, g, s.row);
     for (int64_t d = 0; d < p.D; ++d) g[d] *= scale;
     return scale_gradient;
   }
 
   // ---- phase 4 ------------------------------------------------------------------------------------------------------
+
+  // The parts of one key block's gradients, in the order of heads.
+  static void add_heads(const Problem& p, int64_t task, void* scratch) {
+    const int64_t blocks = key_blocks(p, p.Sk), head = task / blocks, b = head / p.Hk, hk = head % p.Hk;
+    const int64_t j0 = task % blocks * key_block(p), group = heads_per_group(p);
+    const Band band(p, b);
+    const int64_t end = least(j0 + key_block(p), band.k_rows);
+    if (j0 >= end) return;
+    Workspace w;
+    Scratch s;
+    carve(p, static_cast<char*>(p.workspace), &w);
+    carve(p, static_cast<char*>(scratch), &s);
+    const Backward of{{}, p, band, w, s, b, {hk, hk * group, (hk + 1) * group}, 0};
+    const KeyGradients<C> sum = of.of_head(of.heads.first, j0);
+    for (int64_t h = of.heads.first + 1; h < of.heads.end; ++h) of.of_head(h, j0).move_to(sum, end - j0);
+    of.finish_keys(sum, j0, end);
+  }
+
+  // ---- phase 5 ------------------------------------------------------------------------------------------------------
 
   // One head's parts, in order: of each sequence, then of its groups or rows.
   static void add_parameters(const Problem& p, int64_t h, void*) {

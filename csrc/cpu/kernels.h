@@ -14,7 +14,7 @@ struct Phase {
 };
 
 struct Plan {
-  Phase phases[4];
+  Phase phases[5];
   int phase_count;
   size_t scratch_bytes;    // for each thread, 64-byte aligned
   size_t workspace_bytes;  // for the call: Problem::workspace, 64-byte aligned
