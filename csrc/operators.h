@@ -85,8 +85,10 @@ Gradients backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
   p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv);
   OptionalTensor dbias;
   if (wanted.bias) {
-    const auto sizes = a.bias->sizes();
-    dbias = torch::stable::new_zeros(*a.bias, std::vector<int64_t>(sizes.begin(), sizes.end()), compute_type(p.dtype));
+    const std::vector<int64_t> sizes(a.bias->sizes().begin(), a.bias->sizes().end());
+    const bool written = p.normalizer == Normalizer::softmax && a.bias->numel() == p.B * p.Hq * p.Sq * p.Sk;
+    dbias = written ? torch::stable::new_empty(*a.bias, sizes, compute_type(p.dtype))
+                    : torch::stable::new_zeros(*a.bias, sizes, compute_type(p.dtype));
     p.dbias = broadcast_view(*dbias);
   }
   const OptionalTensor dscales = zeros_for(p.scales, wanted.scales, a.scales),

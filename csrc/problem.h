@@ -88,7 +88,8 @@ struct Problem {
   View dq;    // [B, Hq, Sq, D], last stride 1
   View dk;    // [B, Hk, Sk, D], last stride 1
   View dv;    // [B, Hk, Sk, Dv], last stride 1
-  // Compute type, zeroed, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted.
+  // Compute type, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted. Zeroed, but where
+  // each element is one pair's alone (of softmax): those kernels write, all of them.
   View dbias;
   void* workspace;  // what the plan asked for
 

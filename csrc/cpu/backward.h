@@ -251,6 +251,7 @@ struct Backward : BackwardTasks {
     if (w.distances)
       for (int64_t h = heads.first; h < heads.end; ++h)
         for (int64_t x = 0; x < 1 + p.table_rows; ++x) distance_sums(p, w, b, group, h)[x] = 0;
+    for (int64_t h = heads.first; h < heads.end && group == 0; ++h) skip_bias<C>(p, {b, h, 0, p.Sq, band.keys, p.Sk});
     if (group >= parts) return;
     const bool finite = queries_are_finite();
     // Keys past the sequence's end, too: their gradients are zero. The first block starts dQ, without keys too.
@@ -297,11 +298,13 @@ struct Backward : BackwardTasks {
     for (int64_t h = heads.first; h < heads.end; ++h) {
       const KeyGradients<C>& sum = apart && h > heads.first ? s.other : total;
       if (starts_dq(j0)) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
+      skip_bias<C>(p, {b, h, 0, first, j0, j1}), skip_bias<C>(p, {b, h, end, p.Sq, j0, j1});
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = tile_end(i0);
         Tile tile{b, h, i0, least(next, end), j0, j1};
         if (!find_masks(p, InLanes::keys, s.parts.words, &tile)) {
           if (starts_dq(j0)) clear_dq(h, tile.i0, tile.i1);
+          skip_bias<C>(p, tile);
           continue;
         }
         if (!packed) pack_keys(j0, keys);
@@ -413,8 +416,8 @@ struct Backward : BackwardTasks {
           store(grad + r * stride + v * n, Vec<C>{});
         }
     };
-    clear(0, ia - t.i0);
-    clear(ib - t.i0, queries);
+    clear(0, ia - t.i0), skip_bias<C>(p, {t.b, t.h, t.i0, ia, ja, jb});
+    clear(ib - t.i0, queries), skip_bias<C>(p, {t.b, t.h, ib, t.i1, ja, jb});
     if (ia >= ib) return;
 
     Tile panel = t;

@@ -6,9 +6,17 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// d(bias) += dS over the tile; a stride of 0 sums along that dimension.
-template <class C>
-HEEDFUL_CALLED void add_to_bias(const Problem& p, const Tile& t, const C* grad, int64_t stride) {
+// Whether each element of d(bias) is one pair's alone: then nobody has zeroed it, and pairs write it.
+HEEDFUL_FN bool writes_bias(const Problem& p) {
+  const int64_t sizes[4] = {p.B, p.Hq, p.Sq, p.Sk};
+  bool each = p.dbias.data != nullptr;
+  for (int d = 0; d < 4; ++d) each &= p.dbias.stride[d] != 0 || sizes[d] == 1;
+  return each;
+}
+
+// d(bias) += dS over the tile, or = dS; a stride of 0 sums along that dimension.
+template <class C, bool write>
+HEEDFUL_FN void add_to_bias(const Problem& p, const Tile& t, const C* grad, int64_t stride) {
   constexpr int n = kLanes<C>;
   const int64_t keys = t.j1 - t.j0, whole = keys / n * n;
   for (int64_t i = t.i0; i < t.i1; ++i, grad += stride) {
@@ -18,12 +26,26 @@ HEEDFUL_CALLED void add_to_bias(const Problem& p, const Tile& t, const C* grad, 
       for (int64_t j = 0; j < whole; j += n) sum = add_bias_gradient(sum, load(grad + j));
       C rest = 0;
       for (int64_t j = whole; j < keys; ++j) rest = add_bias_gradient(rest, grad[j]);
-      *to += sum_lanes<C>(sum) + rest;
+      rest += sum_lanes<C>(sum);
+      *to = write ? rest : *to + rest;
     } else {
-      for (int64_t j = 0; j < whole; j += n) store(to + j, add_bias_gradient(load(to + j), load(grad + j)));
-      for (int64_t j = whole; j < keys; ++j) to[j] = add_bias_gradient(to[j], grad[j]);
+      for (int64_t j = 0; j < whole; j += n)
+        store(to + j, add_bias_gradient(write ? Vec<C>{} : load(to + j), load(grad + j)));
+      for (int64_t j = whole; j < keys; ++j) to[j] = add_bias_gradient(write ? C(0) : to[j], grad[j]);
     }
   }
+}
+template <class C>
+HEEDFUL_CALLED void add_to_bias(const Problem& p, const Tile& t, const C* grad, int64_t stride) {
+  writes_bias(p) ? add_to_bias<C, true>(p, t, grad, stride) : add_to_bias<C, false>(p, t, grad, stride);
+}
+
+// A tile whose pairs take no part.
+template <class C>
+HEEDFUL_CALLED void skip_bias(const Problem& p, const Tile& t) {
+  if (!writes_bias(p)) return;
+  for (int64_t i = t.i0; i < t.i1; ++i)
+    for (int64_t j = t.j0; j < t.j1; ++j) row_of<C>(p.dbias, t.b, t.h, i)[j * p.dbias.stride[3]] = 0;
 }
 
 // sums: of the slope, then of each row of the table. The tile's diagonals are added up first, a vector of them at a

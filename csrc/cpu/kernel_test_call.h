@@ -204,6 +204,8 @@ struct Call {
         *gradient = Array(DType::f64, of->shape);
     }
     for (Array* x : {&dbias, &dscales, &dsinks, &dslopes, &dtable}) x->bytes.assign(x->bytes.size(), 0);
+    const bool written = !c.hard && dbias.shape == Shape{c.B, c.Hq, c.Sq, c.Sk};
+    if (written) dbias.bytes.assign(dbias.bytes.size(), 0xff);  // NaN, to be written
 
     const auto size = [](const Shape& s) { return size_t(s[0] * s[1] * s[2] * s[3]); };
     if (*c.mask) mask.resize(size(shape_of(c.mask, c.Sq, c.Sk)));
@@ -228,6 +230,7 @@ struct Call {
     for (Array* x : {&wide.q, &wide.k, &wide.v, &wide.out, &wide.lse, &wide.dout, &wide.dlse, &wide.dq, &wide.dk,
                      &wide.dv, &wide.bias, &wide.dbias, &wide.scales, &wide.sinks, &wide.slopes, &wide.table})
       *x = x->in_float64();
+    wide.dbias.bytes.assign(wide.dbias.bytes.size(), 0);  // to be added to
     return wide;
   }
 
