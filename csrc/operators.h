@@ -86,9 +86,9 @@ Gradients backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
   OptionalTensor dbias;
   if (wanted.bias) {
     const std::vector<int64_t> sizes(a.bias->sizes().begin(), a.bias->sizes().end());
-    const bool written = p.normalizer == Normalizer::softmax && a.bias->numel() == p.B * p.Hq * p.Sq * p.Sk;
-    dbias = written ? torch::stable::new_empty(*a.bias, sizes, compute_type(p.dtype))
-                    : torch::stable::new_zeros(*a.bias, sizes, compute_type(p.dtype));
+    p.writes_dbias = p.normalizer == Normalizer::softmax && a.bias->numel() == p.B * p.Hq * p.Sq * p.Sk;
+    dbias = p.writes_dbias ? torch::stable::new_empty(*a.bias, sizes, compute_type(p.dtype))
+                           : torch::stable::new_zeros(*a.bias, sizes, compute_type(p.dtype));
     p.dbias = broadcast_view(*dbias);
   }
   const OptionalTensor dscales = zeros_for(p.scales, wanted.scales, a.scales),

@@ -88,10 +88,10 @@ struct Problem {
   View dq;    // [B, Hq, Sq, D], last stride 1
   View dk;    // [B, Hk, Sk, D], last stride 1
   View dv;    // [B, Hk, Sk, Dv], last stride 1
-  // Compute type, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted. Zeroed, but where
-  // each element is one pair's alone (of softmax): those kernels write, all of them.
+  // Compute type, contiguous, bias's shape with strides of 0 where bias broadcasts; data is null where unwanted.
   View dbias;
-  void* workspace;  // what the plan asked for
+  bool writes_dbias;  // nobody zeroed it: each element is one pair's alone, and kernels write all of them
+  void* workspace;    // what the plan asked for
 
   int64_t threads = 1;  // that run it: plans may follow them where no result does
 };

@@ -225,6 +225,12 @@ def test_any_padding_of_many_heads(lengths: tuple[int, int], dtype: torch.dtype,
     check_padding({"right": 20}, lengths, dtype, backend, heads=(13, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
+def test_any_padding_of_groups_of_heads(dtype: torch.dtype, backend: Backend) -> None:
+    """Backward, a sequence's own queries and keys say whether groups of keys follow its query heads."""
+    check_padding({"right": 20}, (190, 500), dtype, backend, heads=(16, 1))
+
+
 def check_padding(
     options: dict[str, Any],
     lengths: tuple[int, int],

@@ -282,21 +282,21 @@ struct Backward : BackwardTasks {
   }
 
   int64_t tile_end(int64_t i0) const { return p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries; }
-
   void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
     const bool careful = !(finite && keys_are_finite(j0, keys));
     const int64_t rows = block_end - j0, first = keys > 0 ? band.first_query(j0) : 0,
                   end = keys > 0 ? band.end_query(j1 - 1) : 0;
     const bool splits = splits_heads(p);
-    const KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
+    KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
     // A tile's sum is added to what is there: a head of one tile may add it to the others' at once, with the same bits.
     const bool apart = heads.end - heads.first > 1 && tile_end(first) < end;
     total.clear(rows);
-    if (apart) s.other.clear(rows);
     bool packed = false;
     for (int64_t h = heads.first; h < heads.end; ++h) {
-      const KeyGradients<C>& sum = apart && h > heads.first ? s.other : total;
+      const bool other = apart && h > heads.first;
+      KeyGradients<C> sum = other ? s.other : total;
+      if (other) sum.clear(rows);
       if (starts_dq(j0)) clear_dq(h, 0, first), clear_dq(h, end, band.q_rows);
       skip_bias<C>(p, {b, h, 0, first, j0, j1}), skip_bias<C>(p, {b, h, end, p.Sq, j0, j1});
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
@@ -311,7 +311,7 @@ struct Backward : BackwardTasks {
         packed = true;
         run_tile(tile, sum, careful);
       }
-      if (apart && h > heads.first) s.other.move_to(total, rows);
+      if (other) total.add(sum, rows);
     }
     if (!splits) finish_keys(total, j0, block_end);
   }
@@ -559,7 +559,7 @@ struct Backward : BackwardTasks {
   // The parts of one key block's gradients, in the order of heads.
   static void add_heads(const Problem& p, int64_t task, void* scratch) {
     const int64_t blocks = key_blocks(p, p.Sk), head = task / blocks, b = head / p.Hk, hk = head % p.Hk;
-    const int64_t j0 = task % blocks * key_block(p), group = heads_per_group(p);
+    const int64_t j0 = task % blocks * key_block(p), heads = heads_per_group(p);
     const Band band(p, b);
     const int64_t end = least(j0 + key_block(p), band.k_rows);
     if (j0 >= end) return;
@@ -567,9 +567,9 @@ struct Backward : BackwardTasks {
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
-    const Backward of{{}, p, band, w, s, b, {hk, hk * group, (hk + 1) * group}, 0};
-    const KeyGradients<C> sum = of.of_head(of.heads.first, j0);
-    for (int64_t h = of.heads.first + 1; h < of.heads.end; ++h) of.of_head(h, j0).move_to(sum, end - j0);
+    const Backward of{{}, p, band, w, s, b, {hk, hk * heads, (hk + 1) * heads}, 0};
+    KeyGradients<C> sum = of.of_head(of.heads.first, j0);
+    for (int64_t h = of.heads.first + 1; h < of.heads.end; ++h) sum.add(of.of_head(h, j0), end - j0);
     of.finish_keys(sum, j0, end);
   }
 

@@ -1,5 +1,6 @@
-// How backward's work is cut into tasks: heads, groups of key blocks, rows. Everything of it that decides a bit of the
-// result follows from a sequence's own lengths and the number of heads, never from the machine.
+// How backward's work is cut into tasks: heads, groups of key blocks, rows. What decides a bit of the result (how many
+// groups there are) follows from a sequence's own lengths, the number of heads, and which masks and gradients the call
+// has: never from the machine, nor from the other sequences.
 #pragma once
 
 #include "../score/blocks.h"
@@ -30,7 +31,8 @@ struct BackwardTasks {
   // up by themselves anyway, so the bits are the same): where there are too few key/value heads, and not so many keys
   // that these parts would be much larger than q.
   static bool splits_heads(const Problem& p) {
-    return heads_per_group(p) > 1 && !sums_heads(p) && !few_queries(p.Sq, p.Sk) && !keeps_busy(p, p.Hk);
+    const int64_t queries = (p.q_offsets ? 1 : p.B) * p.q_rows, keys = (p.k_offsets ? 1 : p.B) * p.k_rows;
+    return heads_per_group(p) > 1 && !sums_heads(p) && !few_queries(queries, keys) && !keeps_busy(p, p.Hk);
   }
   // What tasks are dealt of a sequence: groups of heads, or the heads of groups that are split.
   static int64_t heads_per_task(const Problem& p) { return splits_heads(p) ? 1 : heads_per_group(p); }
@@ -91,14 +93,14 @@ struct BackwardTasks {
 
  private:
   // Too few for tasks of single query heads: dK and dV of each would be much larger than its q.
-  static bool few_queries(int64_t queries, int64_t keys) { return keys > 2 * queries; }
+  static bool few_queries(int64_t queries, int64_t keys) { return keys > 4 * queries; }
 
   // Enough groups for 16 tasks a sequence, each of two blocks as a rule: eight groups cost 3 % (their dQ is added up).
-  // A bias's gradient that is summed over the batch wants each block in the same group for all sequences, so then the
-  // number is the same whatever they are; and so it is for one sequence, whose bits are to be those of a batch.
+  // A bias's gradient that is summed over the batch wants block x in group x % wanted for all sequences, so nothing of
+  // theirs may decide what is wanted; and so it is for one sequence, whose bits are to be those of a batch.
   static int64_t groups(const Problem& p, int64_t keys, bool few) {
     if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
-    const int64_t heads = few || p.dbias.data ? p.Hk : p.Hq, least_blocks = p.dbias.data ? 1 : 2;
+    const int64_t heads = few || p.dbias.data || !p.Hq ? p.Hk : p.Hq, least_blocks = p.dbias.data ? 1 : 2;
     const int64_t wanted = clamp((16 + heads - 1) / most<int64_t>(heads, 1), 1, 8);
     return clamp((key_blocks(p, keys) + least_blocks - 1) / least_blocks, 1, wanted);
   }

@@ -6,14 +6,6 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Whether each element of d(bias) is one pair's alone: then nobody has zeroed it, and pairs write it.
-HEEDFUL_FN bool writes_bias(const Problem& p) {
-  const int64_t sizes[4] = {p.B, p.Hq, p.Sq, p.Sk};
-  bool each = p.dbias.data != nullptr;
-  for (int d = 0; d < 4; ++d) each &= p.dbias.stride[d] != 0 || sizes[d] == 1;
-  return each;
-}
-
 // d(bias) += dS over the tile, or = dS; a stride of 0 sums along that dimension.
 template <class C, bool write>
 HEEDFUL_FN void add_to_bias(const Problem& p, const Tile& t, const C* grad, int64_t stride) {
@@ -37,15 +29,17 @@ HEEDFUL_FN void add_to_bias(const Problem& p, const Tile& t, const C* grad, int6
 }
 template <class C>
 HEEDFUL_CALLED void add_to_bias(const Problem& p, const Tile& t, const C* grad, int64_t stride) {
-  writes_bias(p) ? add_to_bias<C, true>(p, t, grad, stride) : add_to_bias<C, false>(p, t, grad, stride);
+  p.writes_dbias ? add_to_bias<C, true>(p, t, grad, stride) : add_to_bias<C, false>(p, t, grad, stride);
 }
 
-// A tile whose pairs take no part.
+// A tile whose pairs take no part. Where each has an element of its own, these are contiguous.
 template <class C>
 HEEDFUL_CALLED void skip_bias(const Problem& p, const Tile& t) {
-  if (!writes_bias(p)) return;
-  for (int64_t i = t.i0; i < t.i1; ++i)
-    for (int64_t j = t.j0; j < t.j1; ++j) row_of<C>(p.dbias, t.b, t.h, i)[j * p.dbias.stride[3]] = 0;
+  if (!p.writes_dbias) return;
+  for (int64_t i = t.i0; i < t.i1; ++i) {
+    C* to = row_of<C>(p.dbias, t.b, t.h, i);
+    for (int64_t j = t.j0; j < t.j1; ++j) to[j] = 0;
+  }
 }
 
 // sums: of the slope, then of each row of the table. The tile's diagonals are added up first, a vector of them at a

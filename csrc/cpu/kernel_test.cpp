@@ -51,8 +51,9 @@ void test(const Call& call) {
     Problem p = got.problem();
     if (!isa->forward[int(DType::f32)] && why_not_bf16(p)) continue;
     run(isa->forward[int(c.dtype)], p);
-    static int64_t turn = 0;          // of three: tests and instruction sets come in twos
-    p.threads = turn++ % 3 ? 1 : 64;  // which joins groups of keys, or does not
+    static size_t turn = 0;  // of three: tests and instruction sets come in twos
+    constexpr int64_t kThreads[] = {1, 2, 64};
+    p.threads = kThreads[turn++ % 3];  // which joins groups of keys, splits groups of heads, or does not
     run(isa->backward[int(c.dtype)], p);
     compare_results(isa->name, got, expected);
     compare_gradients(isa->name, got, expected);

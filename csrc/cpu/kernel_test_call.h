@@ -168,6 +168,7 @@ struct Call {
   Case c;
   int64_t q_rows = c.Sq, k_rows = c.Sk, table_rows = 5, max_distance = between(0, 20);
   Array q, k, v, out, lse, dout, dlse, dq, dk, dv, bias, dbias;
+  bool writes_dbias;
   Array scales, sinks, slopes, table, dscales, dsinks, dslopes, dtable;
   std::vector<int64_t> q_offsets, k_offsets, q_lengths, k_lengths, q_starts, buckets, bits, seeds;
   std::vector<unsigned char> mask;
@@ -204,8 +205,8 @@ struct Call {
         *gradient = Array(DType::f64, of->shape);
     }
     for (Array* x : {&dbias, &dscales, &dsinks, &dslopes, &dtable}) x->bytes.assign(x->bytes.size(), 0);
-    const bool written = !c.hard && dbias.shape == Shape{c.B, c.Hq, c.Sq, c.Sk};
-    if (written) dbias.bytes.assign(dbias.bytes.size(), 0xff);  // NaN, to be written
+    writes_dbias = !c.hard && dbias.shape == Shape{c.B, c.Hq, c.Sq, c.Sk};
+    if (writes_dbias) dbias.bytes.assign(dbias.bytes.size(), 0xff);  // NaN, to be written
 
     const auto size = [](const Shape& s) { return size_t(s[0] * s[1] * s[2] * s[3]); };
     if (*c.mask) mask.resize(size(shape_of(c.mask, c.Sq, c.Sk)));
@@ -262,6 +263,7 @@ struct Call {
     p.slopes = parameter(slopes, dslopes), p.table = parameter(table, dtable);
     p.table_rows = table_rows, p.buckets = integers(buckets), p.max_distance = max_distance;
     p.bias = bias.view(true), p.bias_dtype = bias.dtype, p.dbias = dbias.view(true);
+    p.writes_dbias = writes_dbias;
     p.keep = uint32_t(std::nearbyint((1 - c.dropout) * kKeepAll));
     p.seeds = integers(seeds), p.seeds_stride = seeds.size() > 1, p.dropout_batch = c.dropout_batch;
     return p;

@@ -17,14 +17,13 @@ struct KeyGradients {
   KeyGradients from_row(int64_t row) const {
     return {dk + row * dk_stride, dv + row * dv_stride, dk_stride, dv_stride};
   }
-  void clear(int64_t rows) const {
+  void clear(int64_t rows) {
     for (int64_t x = 0; x < rows * dk_stride; ++x) dk[x] = 0;
     for (int64_t x = 0; x < rows * dv_stride; ++x) dv[x] = 0;
   }
-  // Adds what is here to `to`, and clears it.
-  void move_to(const KeyGradients& to, int64_t rows) const {
-    for (int64_t x = 0; x < rows * dk_stride; ++x) to.dk[x] += dk[x], dk[x] = 0;
-    for (int64_t x = 0; x < rows * dv_stride; ++x) to.dv[x] += dv[x], dv[x] = 0;
+  void add(const KeyGradients& more, int64_t rows) {
+    for (int64_t x = 0; x < rows * dk_stride; ++x) dk[x] += more.dk[x];
+    for (int64_t x = 0; x < rows * dv_stride; ++x) dv[x] += more.dv[x];
   }
 };
 
