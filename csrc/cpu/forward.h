@@ -48,7 +48,7 @@ struct Forward {
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
-      s->v = carve.take<E>(terms<E>(keys) * padded<C>(p.Dv));
+      s->v = shares_values(p) ? nullptr : carve.take<E>(terms<E>(keys) * padded<C>(p.Dv));
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
@@ -83,8 +83,42 @@ struct Forward {
     plan->workspace_bytes = 0;
     const bool may_decode = Decode<S>::may_decode(p);
     if (may_decode) Decode<S>::plan(p, plan);
-    if (!may_decode || p.Sq > Decode<S>::kFewQueries)
-      plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
+    if (may_decode && p.Sq <= Decode<S>::kFewQueries) return;
+    if (shares_values(p)) {
+      plan->phases[plan->phase_count++] = {p.B * p.Hk * value_chunks(p), &pair_values};
+      Carver workspace{nullptr};
+      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * value_pairs(p) * padded<C>(p.Dv));
+      plan->workspace_bytes = most(plan->workspace_bytes, workspace.size);
+    }
+    plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
+  }
+
+  // ---- values as pairs, which many blocks of queries share ------------------------------------------------------------
+
+  // Where they are worth a phase, and no more are made than the blocks read, whatever a window leaves of them.
+  static bool shares_values(const Problem& p) {
+    constexpr int64_t kManyBlocks = 8;
+    if (!kBFloat16x2 || p.normalizer == Normalizer::hard || p.Hk == 0) return false;
+    const int64_t group = p.Hq / p.Hk;
+    return group * blocks(p) >= kManyBlocks && group * p.Sq >= p.Sk;
+  }
+  static constexpr int64_t kValueChunk = 512;
+  static int64_t value_chunks(const Problem& p) { return (p.Sk + kValueChunk - 1) / kValueChunk; }
+  // Of a head's keys, those of packed sequences one after the other: each may have an odd number.
+  static int64_t value_pairs(const Problem& p) { return p.k_offsets ? p.k_rows / 2 + p.B : terms<E>(p.Sk); }
+  static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t j) {
+    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / 2 + b : 0;
+    return static_cast<E*>(p.workspace) + (head * value_pairs(p) + first + terms<E>(j)) * padded<C>(p.Dv);
+  }
+  static void pair_values(const Problem& p, int64_t task, void*) {
+    const int64_t j0 = task % value_chunks(p) * kValueChunk, head = task / value_chunks(p), b = head / p.Hk;
+    const Band band(p, b);
+    const int64_t j1 = least(j0 + kValueChunk, band.keys);
+    if (j0 >= j1 || Decode<S>::decodes(p, band)) return;
+    const int64_t hk = head % p.Hk, width = padded<C>(p.Dv);
+    load_operand<E>(shared_values(p, band, b, hk, j0), width,
+                    Source<S>{row_of<const S>(p.v, band.batch, hk, band.k_row + j0), p.v.stride[2], p.v.stride[3]},
+                    j1 - j0, p.Dv, width);
   }
 
   static void run(const Problem& p, int64_t task, void* scratch) {
@@ -161,6 +195,7 @@ struct Forward {
     const Source<S> from = source(p.v, j0);
     const int64_t width = padded<C>(p.Dv);
     if constexpr (kBFloat16x2) {
+      if (!s.v) return {shared_values(p, band, b, kv_head(), j0), width};
       load_pairs(s.v, width, from, j1 - j0, p.Dv, width);
       return {s.v, width};
     } else {
@@ -211,23 +246,26 @@ struct Forward {
                                bool careful) const {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
-    multiply<Onto::nothing, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores, width,
-                                        width, s.scores,
-                                        SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
-    if (!is_plain<E>(p, band, tile))
+    alignas(64) C top[width], rescale[width];
+    for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+    multiply<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores,
+                                               width, width, top,
+                                               SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
+    if (!is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
+      find_tops<kN>(keys, top);
+    }
     if (s.best) return find_best<kN>(tile, l);
-    alignas(64) C rescale[width];
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     if (careful)
-      probabilities<kN, true>(keys, l, to_log2, rescale);
+      probabilities<kN, true>(keys, l, to_log2, top, rescale);
     else
-      probabilities<kN, false>(keys, l, to_log2, rescale);
+      probabilities<kN, false>(keys, l, to_log2, top, rescale);
     if (s.parts.keep) {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
+      if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     }
-    if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     C* out = s.out + l * p.Dv;
     if (careful)
       add_values_carefully<kN>(keys, v, out, rescale);
@@ -236,41 +274,66 @@ struct Forward {
                                              WholeSum{keys});
   }
 
-  // Scores become probabilities relative to the new maximum; `rescale` takes earlier ones to it. Distances between
-  // scores times `to_log2` are powers of two. With `mark`, absent pairs get -1 instead of 0.
-  template <int kN, bool mark>
-  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, C* rescale) const {
-    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-    C* const scores = s.scores;  // which no store may change
-    Vec<C> reference[kN], sum[kN], top[kN];
+  template <int kN>
+  HEEDFUL_FN void find_tops(int64_t keys, C* tops) const {
+    Vec<C> top[kN];
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) top[v] = minus_infinity;
+    for (int v = 0; v < kN; ++v) top[v] = broadcast<C>(-kInfinity<C>);
     for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) top[v] = maximum(load(scores + (j * kN + v) * n), top[v]);
+      for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
+  }
+
+  // Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones
+  // to it. Distances between scores times `to_log2` are powers of two. With `mark`, absent pairs get -1 instead of 0.
+  // Pairs of bfloat16 are joined at once, but where dropout is still to come.
+  template <int kN, bool mark>
+  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, const C* tops, C* rescale) const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    C* const scores = s.scores;  // which no store may change
+    E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;
+    Vec<C> reference[kN], sum[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) {
-      top[v] = maximum(top[v], load(s.maximum + l + v * n));
-      reference[v] = softmax_reference(top[v], minus_infinity);
-      const Vec<C> factor = exp2<C>(load(s.maximum + l + v * n) - reference[v], to_log2);
-      store(s.maximum + l + v * n, top[v]);
-      store(rescale + v * n, factor);
+      const Vec<C> before = load(s.maximum + l + v * n), top = maximum(load(tops + v * n), before);
+      reference[v] = softmax_reference(top, minus_infinity);
+      store(s.maximum + l + v * n, top);
+      store(rescale + v * n, exp2<C>(before - reference[v], to_log2));
       sum[v] = Vec<C>{};
+      if constexpr (kBFloat16x2) reference[v] *= to_log2;
     }
     for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
       constexpr int kCount = rows.value * kN;
       Vec<C> x[kCount], y[kCount];
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) {
-        x[i] = load(scores + (j * kN + i) * n);
-        y[i] = x[i] - reference[i % kN];
+      for (int i = 0; i < kCount; ++i) x[i] = load(scores + (j * kN + i) * n);
+      if constexpr (kBFloat16x2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) y[i] = x[i] * to_log2 - reference[i % kN];
+        exp2_each<C, CoarseExp2>(y, broadcast<C>(1));
+      } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) y[i] = x[i] - reference[i % kN];
+        exp2_each<C>(y, to_log2);
       }
-      exp2_each<C>(y, to_log2);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         sum[i % kN] += y[i];
-        store(scores + (j * kN + i) * n, mark ? select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]) : y[i]);
+        if constexpr (mark) y[i] = select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]);
       }
+      if constexpr (kBFloat16x2)
+        if (joined) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kCount; ++i)
+            if (i / kN % 2 == 0)
+              store(joined + (j / 2 * kN + i / kN / 2 * kN + i % kN) * n,
+                    join(y[i], i + kN < kCount ? y[i + kN] : Vec<C>{}));
+          return;
+        }
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) store(scores + (j * kN + i) * n, y[i]);
     });
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);

@@ -139,6 +139,11 @@ struct Exp2<float> {
   static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147242f,   0.240226522f,   0.0555031039f,
                                                      0.00961769279f, 0.00134066434f, 0.000155946778f};
 };
+// Of what is rounded to bfloat16 next: relative error 2.8e-6, none at 0.
+struct CoarseExp2 : Exp2<float> {
+  static constexpr int kDegree = 4;
+  static constexpr float kPolynomial[kDegree + 1] = {1.0f, 0.6931242f, 0.24024063f, 0.055906624f, 0.00958451f};
+};
 template <>
 struct Exp2<double> {
   static constexpr double kLowest = -1012.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -154,9 +159,8 @@ struct Exp2<double> {
 
 // Of several vectors, in step: one by one, each would wait for its own last result. Registers hold three of each.
 constexpr int kInStep = HEEDFUL_VECTOR_REGISTERS / 4;
-template <class T, int kCount>
+template <class T, class E = Exp2<T>, int kCount>
 HEEDFUL_FN void exp2_each(Vec<T> (&x)[kCount], Vec<T> factor) {
-  using E = Exp2<T>;
   const Vec<T> round = broadcast<T>(E::kRound - E::kLowest), low = broadcast<T>(E::kLowest) / factor;
   Vec<T> shifted[kCount], r[kCount], y[kCount];
 #pragma GCC unroll 8

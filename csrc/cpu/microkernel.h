@@ -14,8 +14,9 @@ constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
 // Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
 enum class Unit { row, k };
 // What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long
-// sum that are added up lose far less to rounding than one long chain.
-enum class Onto { nothing, c, scaled_c };
+// sum that are added up lose far less to rounding than one long chain. `nothing_topped` raises one number per lane to the
+// largest sum of its column, too.
+enum class Onto { nothing, nothing_topped, c, scaled_c };
 
 template <class E, Unit unit>
 struct Operand {
@@ -25,7 +26,7 @@ struct Operand {
 
 template <int kM, int kN, Onto onto, class E, Unit unit>
 HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, int64_t b_stride,
-                              Sum<E>* c, int64_t c_stride, const Sum<E>* factor) {
+                              Sum<E>* c, int64_t c_stride, Sum<E>* per_lane) {
   constexpr int n = kLanes<E>;
   Vec<Sum<E>> sum[kM][kN];
 #pragma GCC unroll 16
@@ -54,8 +55,16 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     for (int v = 0; v < kN; ++v) {
       Sum<E>* to = c + (m + i) * c_stride + v * n;
       if constexpr (onto == Onto::c) sum[i][v] += load(to);
-      if constexpr (onto == Onto::scaled_c) sum[i][v] += load(to) * load(factor + v * n);
+      if constexpr (onto == Onto::scaled_c) sum[i][v] += load(to) * load(per_lane + v * n);
       store(to, sum[i][v]);
+    }
+  if constexpr (onto == Onto::nothing_topped)
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) {
+      Vec<Sum<E>> top = load(per_lane + v * n);
+#pragma GCC unroll 16
+      for (int i = 0; i < kM; ++i) top = maximum(sum[i][v], top);
+      store(per_lane + v * n, top);
     }
 }
 
@@ -68,34 +77,36 @@ constexpr int kRowStep = kVectors / kN >= 2 ? 2 : 1;
 // keeps every tile near the full number of accumulators.
 template <int kN, Onto onto, class E, Unit unit, class Range>
 HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
-                               int64_t c_stride, const Sum<E>* factor, const Range& range) {
+                               int64_t c_stride, Sum<E>* per_lane, const Range& range) {
   constexpr int step = kRowStep<kN>;
   const int64_t steps = (m1 - m0 + step - 1) / step, tiles = (steps + kRows - 1) / kRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t m = m0 + step * (steps * t / tiles), end = least(m0 + step * (steps * (t + 1) / tiles), m1);
+  if (steps <= 0) return;
+  const int64_t each = steps / tiles, longer = tiles - steps % tiles;  // tiles from there on take a step more
+  for (int64_t t = 0, m = m0, end; t < tiles; ++t, m = end) {
+    end = least(m + step * (each + (t >= longer)), m1);
     const int64_t k0 = range.first(m, end) / kDepth<E>, k1 = terms<E>(range.end(m, end));
     if constexpr (requires { range.fetch(m, end, m1); }) range.fetch(m - m0, end - m0, m1 - m0);
     switch ((end - m) / step) {
       case 6:
-        multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
       case 5:
-        multiply_tile<5 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<5 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
       case 4:
-        multiply_tile<4 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<4 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
       case 3:
-        multiply_tile<3 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<3 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
       case 2:
-        multiply_tile<2 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<2 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
       case 1:
-        multiply_tile<step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, factor);
+        multiply_tile<step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
         break;
     }
-    if ((end - m) % step) multiply_tile<1, kN, onto>(a, end - 1, k0, k1, b, b_stride, c, c_stride, factor);
+    if ((end - m) % step) multiply_tile<1, kN, onto>(a, end - 1, k0, k1, b, b_stride, c, c_stride, per_lane);
   }
 }
 
@@ -125,9 +136,9 @@ HEEDFUL_FN void for_each_panel(int64_t lanes, F f) {
 // Rows [m0, m1) of C, `lanes` wide, a multiple of the vector.
 template <Onto onto, class E, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
-                             int64_t c_stride, int64_t lanes, const Sum<E>* factor, const Range& range) {
+                             int64_t c_stride, int64_t lanes, Sum<E>* per_lane, const Range& range) {
   for_each_panel<E, true>(lanes, [&](int64_t l, auto vectors) {
-    multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, factor + l, range);
+    multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, per_lane + l, range);
   });
 }
 

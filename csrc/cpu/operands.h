@@ -124,6 +124,18 @@ HEEDFUL_CALLED void join_lanes(BFloat16x2* to, int64_t to_stride, const float* f
 
 // ---- from memory ----------------------------------------------------------------------------------------------------
 
+typedef VectorOf<uint16_t>::type Halves;
+HEEDFUL_FN Halves load_halves(const BFloat16* p) {
+  Halves v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+// (a[i], b[i]) for a vector's worth of i from kFirst on.
+template <int kFirst, int... kLane>
+HEEDFUL_FN Vec<BFloat16x2> pair_up(Halves a, Halves b, LaneList<kLane...>) {
+  return (Vec<BFloat16x2>)__builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * int(sizeof...(kLane)))...);
+}
+
 // to[r][l] = (from(2 r, l), from(2 r + 1, l)) for l < width, a multiple of the vector; zero where there is no such row,
 // or no such lane of `lanes`.
 HEEDFUL_CALLED void load_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t lanes,
@@ -145,12 +157,20 @@ HEEDFUL_CALLED void load_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat1
     }
     edge(0, pairs, whole, width);
   } else if (from.lane_stride == 1) {
-    for (int64_t r = 0; r < pairs; ++r)
-      for (int64_t l = 0; l < whole; l += n) {
-        const BFloat16* first = from.data + 2 * r * from.row_stride + l;
-        const Vec<int32_t> second = 2 * r + 1 < rows ? load_bits(first + from.row_stride) : Vec<int32_t>{};
-        store(to + r * to_stride + l, (Vec<BFloat16x2>)(load_bits(first) | (second << 16)));
+    for (int64_t r = 0; r < pairs; ++r) {
+      const BFloat16* first = from.data + 2 * r * from.row_stride;
+      const bool both = 2 * r + 1 < rows;
+      int64_t l = 0;
+      for (; l + 2 * n <= whole; l += 2 * n) {
+        const Halves a = load_halves(first + l), b = both ? load_halves(first + from.row_stride + l) : Halves{};
+        store(to + r * to_stride + l, pair_up<0>(a, b, LanesUpTo<2 * n>::list{}));
+        store(to + r * to_stride + l + n, pair_up<n>(a, b, LanesUpTo<2 * n>::list{}));
       }
+      for (; l < whole; l += n) {
+        const Vec<int32_t> second = both ? load_bits(first + from.row_stride + l) : Vec<int32_t>{};
+        store(to + r * to_stride + l, (Vec<BFloat16x2>)(load_bits(first + l) | (second << 16)));
+      }
+    }
     edge(0, pairs, whole, width);
   } else if (from.row_stride == 1) {
     const int64_t whole_rows = rows / 2 / n * n;
