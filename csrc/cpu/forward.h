@@ -203,6 +203,10 @@ struct Forward {
     }
   }
 
+  struct Panel {
+    int64_t lane, width;  // the first, and how many
+  };
+
   void attend(bool careful) const {
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     for (int64_t l = 0; l < lanes() * p.Dv; ++l) s.out[l] = 0;
@@ -224,32 +228,53 @@ struct Forward {
       if (!find_masks(p, InLanes::queries, s.parts.words, &block)) continue;
       const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
-      for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
+      // `vectors` of the panel at `l`, from lane `first` on.
+      const auto attend_part = [&](Panel panel, int64_t first, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
-        const int64_t i = i0 + l, end = least(least(i1, band.queries), i + vectors.value * n);
+        const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
         Tile tile = block;
         tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)),
         tile.j1 = least(j1, terms<E>(band.end_key(end - 1)) * kDepth<E>);
         if (tile.j0 >= tile.j1) return;
-        attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), l,
+        attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), panel, first,
                                     {k.data + (tile.j0 - j0) * k.stride, k.stride},
                                     {v.data + terms<E>(tile.j0 - j0) * v.stride, v.stride}, careful);
+      };
+      for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
+        const Panel panel{l, vectors.value * n};
+        if constexpr (vectors.value == 4)
+          if (halves_pay(i0 + l, j0, j1)) {
+            attend_part(panel, 0, Constant<2>{});
+            attend_part(panel, 2 * n, Constant<2>{});
+            return;
+          }
+        attend_part(panel, 0, vectors);
       });
     }
   }
 
-  // One panel of queries over the keys of a tile.
+  // Whether a band's edge leaves out so many of the keys for one half of a panel that halves, though each is a little
+  // slower, are faster.
+  bool halves_pay(int64_t i, int64_t j0, int64_t j1) const {
+    const int64_t half = i + 2 * n, end = least(least(i1, band.queries), i + 4 * n);
+    if (half >= end) return false;
+    const int64_t first = most(j0, band.first_key(i)), last = least(j1, band.end_key(end - 1));
+    const int64_t left_out = most(first, band.first_key(half)) - first + last - least(last, band.end_key(half - 1));
+    return left_out * 16 > last - first;
+  }
+
+  // One panel of queries, or some vectors of it from lane `first` on, over the keys of a tile.
   template <int kN>
-  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, int64_t l, Rows<E> k, Rows<E> v,
+  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, Panel panel, int64_t first, Rows<E> k, Rows<E> v,
                                bool careful) const {
     constexpr int width = kN * n;
-    const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
+    const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p), l = panel.lane + first;
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    multiply<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + l * terms<E>(dim), width, s.scores,
-                                               width, width, top,
+    multiply<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first,
+                                               panel.width, s.scores, width, width, top,
                                                SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
     if (!is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
@@ -266,12 +291,12 @@ struct Forward {
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
       if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     }
-    C* out = s.out + l * p.Dv;
+    C* out = s.out + panel.lane * p.Dv + first;
     if (careful)
-      add_values_carefully<kN>(keys, v, out, rescale);
+      add_values_carefully<kN>(keys, v, out, panel.width, rescale);
     else
-      multiply<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width, rescale,
-                                             WholeSum{keys});
+      multiply<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, panel.width, width,
+                                             rescale, WholeSum{keys});
   }
 
   template <int kN>
@@ -340,7 +365,7 @@ struct Forward {
   }
 
   template <int kN>
-  HEEDFUL_FN void add_values_carefully(int64_t keys, Rows<E> v, C* out, const C* rescale) const {
+  HEEDFUL_FN void add_values_carefully(int64_t keys, Rows<E> v, C* out, int64_t stride, const C* rescale) const {
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
         Vec<C> sum = {};  // in the order of `multiply`: the bits do not depend on the way
@@ -348,8 +373,8 @@ struct Forward {
           const Vec<E> weight = load(s.weights + (j * kN + x) * n);
           sum = multiply_add<E>(sum, where_unmarked<E>(broadcast_element(v.data + j * v.stride + d), weight), weight);
         }
-        sum += load(out + (d * kN + x) * n) * load(rescale + x * n);
-        store(out + (d * kN + x) * n, sum);
+        sum += load(out + d * stride + x * n) * load(rescale + x * n);
+        store(out + d * stride + x * n, sum);
       }
   }
 
