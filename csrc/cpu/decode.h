@@ -8,6 +8,9 @@
 //
 // Many rows go by the microkernel, for which keys are turned into lanes and half types widened once.
 //
+// The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
+// of keys in the second. Few rows take them from memory as they lie, but for pairs of keys, which are made in registers.
+//
 // Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
 // at multiples of kChunk, so that they depend on the sequence alone.
 #pragma once
@@ -19,10 +22,11 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-template <class S>
+template <class S, class E = Compute<S>>
 struct Decode {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
+  static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
   static constexpr int64_t kManyRows = 16, kMostRows = 64;  // of a task
@@ -86,21 +90,29 @@ struct Decode {
   }
 
   struct Scratch {
-    C *q, *scores, *k, *v;
+    E *q, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
+    C* scores;
     Partial only;  // of a single chunk
     ScoreParts<C> parts;
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
-    const int64_t dim = padded<C>(embedded_dim(p));
     Carver carve{base};
     s->only = Partial::carve(p, carve, 1, 0);
-    s->q = carve.take<C>(most_rows(p) * dim);
+    s->q = carve.take<E>(most_rows(p) * row_terms(p));
     s->scores = carve.take<C>(most_rows(p) * kKeys);
-    s->k = k_in_place(p, most_rows(p)) ? nullptr : carve.take<C>(kKeys * dim);
-    s->v = in_place(p.v, p.Dv, most_rows(p)) ? nullptr : carve.take<C>(kKeys * padded<C>(p.Dv));
+    if constexpr (kBFloat16x2)
+      s->weights = carve.take<E>(most_rows(p) * kWeights);
+    else
+      s->weights = s->scores;
+    s->k = k_in_place(p, most_rows(p)) ? nullptr : carve.take<E>(kKeys * row_terms(p));
+    s->v = in_place(p.v, p.Dv, most_rows(p)) ? nullptr : carve.take<E>(kWeights * padded<C>(p.Dv));
     s->parts = ScoreParts<C>(p, carve, few(p), kKeys, kKeys, false);
     return carve.size;
   }
+
+  // Elements of a row of q, and of k where it is no longer in memory; of a row of weights.
+  static int64_t row_terms(const Problem& p) { return padded<C>(terms<E>(embedded_dim(p))); }
+  static constexpr int64_t kWeights = kKeys / kDepth<E>;
 
   // Rows that are made of q and k may cancel: their products are added up in the order of backward, which divides by
   // the sum that was found here.
@@ -110,7 +122,9 @@ struct Decode {
   static bool in_place(const View& view, int64_t dim, int64_t rows) {
     return rows < kManyRows ? view.stride[3] == 1 : sizeof(S) == sizeof(C) && lie_in_vectors<C>(view, dim);
   }
-  static bool k_in_place(const Problem& p, int64_t rows) { return in_place(p.k, p.D, rows) && !turns_keys(p, rows); }
+  static bool k_in_place(const Problem& p, int64_t rows) {
+    return in_place(p.k, p.D, rows) && !turns_keys(p, rows) && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
+  }
 
   // Adds its phases, scratch and workspace to a plan.
   static void plan(const Problem& p, Plan* plan) {
@@ -177,15 +191,19 @@ struct Decode {
   }
 
   void load_queries() const {
-    const int64_t dim = padded<C>(embedded_dim(p)), queries = band.queries;
+    const int64_t dim = row_terms(p), queries = band.queries;
     for (int64_t g = 0; g < heads; ++g) {
-      const C scale = query_scale<C>(p, b, first_head + g);
-      C* to = s.q + g * queries * dim;
-      load_tile<C>(
-          to, dim,
-          Source<S>{row_of<const S>(p.q, band.batch, first_head + g, band.q_row), p.q.stride[2], p.q.stride[3]},
-          queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
-      embed_rows(p, Role::query, to, dim, queries, scale);
+      E* to = s.q + g * queries * dim;
+      const Source<S> from{row_of<const S>(p.q, band.batch, first_head + g, band.q_row), p.q.stride[2], p.q.stride[3]};
+      if constexpr (kBFloat16x2) {
+        load_row_pairs(to, dim, from, queries, p.D);
+        for (int64_t i = 0; i < queries; ++i)
+          for (int64_t d = terms<E>(p.D); d < dim; ++d) to[i * dim + d] = {};
+      } else {
+        const C scale = query_scale<C>(p, b, first_head + g);
+        load_tile<C>(to, dim, from, queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
+        embed_rows(p, Role::query, to, dim, queries, scale);
+      }
     }
   }
 
@@ -210,30 +228,34 @@ struct Decode {
       load_keep<InLanes::keys>(s.parts.keep, width, p, tile_of(g));
       drop(s.scores + g * queries * kKeys, kKeys, s.parts.keep, width, queries);
     }
+    if constexpr (kBFloat16x2) join_lanes(s.weights, kWeights, s.scores, kKeys, rows(), keys);
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
     if (in_place(p.v, p.Dv, rows())) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
-    load_tile<C>(s.v, dim, v, keys, p.Dv, dim, C(1));
-    add_values(Rows<C>{s.v, dim}, j0, keys, careful);
+    load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
+    add_values(Rows<E>{s.v, dim}, j0, keys, careful);
   }
 
   Source<S> source(const View& view, int64_t j) const {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows that are needed soon come into the second cache meanwhile, evenly: bursts would wait for memory, and leave it
-  // idle afterwards.
+  // Rows that are needed soon come into the second cache meanwhile, a few lines at each step of a loop: bursts would
+  // wait for memory, and leave it idle afterwards.
   struct Ahead {
     RowsAhead rows;
-    int64_t every = 1, left = 1;
-    HEEDFUL_FN void fetch(int64_t count) {
-      for (; count > 0 && rows.rows > 0; --count, --rows.rows, rows.data += rows.stride) rows.fetch(0, 1);
+    int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
+
+    Ahead(const RowsAhead& rows, int64_t steps) : rows(rows) {
+      const int64_t lines = rows.rows * ((rows.bytes + kLine - 1) / kLine);
+      if (lines && steps) each = (lines + steps - 1) / steps;
     }
-    // At each step of a loop: a row every so many.
     HEEDFUL_FN void step() {
-      if (--left > 0) return;
-      left = every;
-      fetch(1);
+      for (int64_t line = 0; line < each && rows.rows > 0; ++line) {
+        rows.fetch_line(0, at);
+        at += kLine;
+        if (at >= rows.bytes) at = 0, rows.data += rows.stride, --rows.rows;
+      }
     }
   };
   // Of the block from key j0 on.
@@ -248,23 +270,30 @@ struct Decode {
 
   // Meanwhile the keys' values come.
   void score_keys(int64_t j0, int64_t j1) const {
-    const int64_t dim = padded<C>(embedded_dim(p)), keys = j1 - j0, width = padded<C>(keys);
+    const int64_t dim = row_terms(p), keys = j1 - j0, width = padded<C>(keys);
     const Source<S> k = source(p.k, j0);
     const RowsAhead values = block_ahead(p.v, p.Dv, j0);
     if (turns_keys(p, rows())) {
-      load_tile<C>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width, C(1));
+      load_operand<E>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width);
       embed_lanes(p, Role::key, s.k, width, C(1));
-      return multiply<Onto::nothing, C, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
+      return multiply<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
                                                  SumMeanwhile{{embedded_dim(p)}, values});
     }
-    if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
-    load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
-    score_rows(Rows<C>{s.k, dim}, keys, values);
+    if constexpr (kBFloat16x2) {
+      if (k_in_place(p, rows()))
+        return score_rows(Rows<E>{reinterpret_cast<const E*>(k.data), k.row_stride / 2}, keys, values);
+      load_row_pairs(s.k, dim, k, keys, p.D);
+    } else {
+      if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
+      load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
+    }
+    score_rows(Rows<E>{s.k, dim}, keys, values);
   }
 
-  template <class E>
-  HEEDFUL_CALLED void score_rows(const Rows<E>& k, int64_t keys, const RowsAhead& values_ahead) const {
-    Ahead values{values_ahead};
+  template <class T>
+  HEEDFUL_CALLED void score_rows(const Rows<T>& k, int64_t keys, const RowsAhead& values_ahead) const {
+    const int64_t together = rows() >= 4 ? kPairs / 4 : kPairs / rows();
+    Ahead values(values_ahead, (keys + together - 1) / together * (row_terms(p) / n));
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;
@@ -275,28 +304,28 @@ struct Decode {
   }
 
   // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
-  template <int kR, class E>
-  HEEDFUL_FN void score_step(const Rows<E>& k, int64_t r, int64_t j, int64_t end, Ahead& values) const {
+  template <int kR, class T>
+  HEEDFUL_FN void score_step(const Rows<T>& k, int64_t r, int64_t j, int64_t end, Ahead& values) const {
     constexpr int kJ = kPairs / kR;
-    const int64_t dim = padded<C>(p.D);
+    const int64_t dim = row_terms(p), present = terms<E>(p.D);
     for (; j < end; j += kJ) {
-      if (r == 0) values.fetch(kJ);
-      const E* key[kJ];
+      const T* key[kJ];
 #pragma GCC unroll 16
       for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
-      const C* q = s.q + r * dim;
+      const E* q = s.q + r * dim;
       Vec<C> sum[kPairs];
 #pragma GCC unroll 16
       for (int x = 0; x < kPairs; ++x) sum[x] = Vec<C>{};
       for (int64_t d = 0; d < dim; d += n) {
-        Vec<C> x[kJ];
+        if (r == 0) values.step();
+        Vec<E> x[kJ];
 #pragma GCC unroll 16
-        for (int i = 0; i < kJ; ++i) x[i] = load_first<C>(key[i] + d, p.D - d);
+        for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
 #pragma GCC unroll 4
         for (int row = 0; row < kR; ++row) {
-          const Vec<C> y = load(q + row * dim + d);
+          const Vec<E> y = load(q + row * dim + d);
 #pragma GCC unroll 16
-          for (int i = 0; i < kJ; ++i) sum[row * kJ + i] += x[i] * y;
+          for (int i = 0; i < kJ; ++i) sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x[i], y);
         }
       }
       C scores[kPairs];
@@ -312,9 +341,9 @@ struct Decode {
   void finish_scores(const Tile& t, bool empty, C* scores, int64_t width) const {
     if (empty) {
       for (int64_t x = 0; x < band.queries * kKeys; ++x) scores[x] = -kInfinity<C>;
-    } else if (!is_plain<C>(p, band, t)) {
+    } else if (!is_plain<E>(p, band, t)) {
       if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
-      apply_scores<InLanes::keys, C>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
+      apply_scores<InLanes::keys, E>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
     }
   }
 
@@ -369,26 +398,30 @@ struct Decode {
   // ---- values
 
   // Meanwhile the next block's keys come.
-  template <class E>
-  HEEDFUL_CALLED void add_values(const Rows<E>& v, int64_t j0, int64_t keys, bool careful) const {
+  template <class T>
+  HEEDFUL_CALLED void add_values(const Rows<T>& v, int64_t j0, int64_t keys, bool careful) const {
     if (careful) return add_values_carefully(v, keys);
     const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
     const int64_t dim = padded<C>(p.Dv);
-    if constexpr (sizeof(E) == sizeof(C))
+    if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
-        return multiply<Onto::c, C, Unit::k>({s.scores, kKeys}, 0, rows(), v.data, v.stride, part.out, dim, dim,
+        return multiply<Onto::c, E, Unit::k>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out, dim, dim,
                                              part.out, SumMeanwhile{{keys}, keys_ahead});
-    Ahead next{keys_ahead};
-    next.every = most<int64_t>(rows() / 4 * (dim / (kPairs / 4 * n)), 1);  // so many passes over the keys
+    // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
+    // widened they serve four.
+    constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
+    const int64_t together = least<int64_t>(kTogether, rows()), vectors = kPairs / together;
+    const int64_t passes = (rows() + together - 1) / together * ((dim / n + vectors - 1) / vectors);
+    Ahead next(keys_ahead, passes * terms<E>(keys));
     int64_t r = 0;
-    for (; r + 4 <= rows(); r += 4) add_values_to<4>(v, keys, r, 0, next);
+    for (; r + 4 <= rows(); r += kTogether) add_values_to<kTogether>(v, keys, r, 0, next);
     if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, next), r += 2;
     if (r < rows()) add_values_to<1>(v, keys, r, 0, next);
   }
 
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then half of that, and so on.
-  template <int kR, int kV = kPairs / kR, class E>
-  HEEDFUL_FN void add_values_to(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
+  template <int kR, int kV = kPairs / kR, class T>
+  HEEDFUL_FN void add_values_to(const Rows<T>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
     for (; d + kV * n <= p.Dv; d += kV * n) add_values_step<kR, kV>(v, keys, r, d, next);
     if (d == p.Dv) return;
     if constexpr (kV > 1)
@@ -397,27 +430,25 @@ struct Decode {
       add_values_step<kR, 1>(v, keys, r, d, next);
   }
 
-  template <int kR, int kV, class E>
-  HEEDFUL_FN void add_values_step(const Rows<E>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
+  template <int kR, int kV, class T>
+  HEEDFUL_FN void add_values_step(const Rows<T>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
     const int64_t dim = padded<C>(p.Dv);
     Vec<C> sum[kR][kV];
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row)
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
-    const C* prob = s.scores + r * kKeys;
-    const E* value = v.data + d;
+    const E* weight = s.weights + r * kWeights;
     Ahead meanwhile = next;  // in registers
-    for (int64_t j = 0; j < keys; ++j, value += v.stride) {
+    for (int64_t j = 0; j < terms<E>(keys); ++j) {
       meanwhile.step();
-      Vec<C> x[kV];
-#pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(value + i * n, C()) : load_first<C>(value, p.Dv - d);
+      Vec<E> x[kV];
+      load_values(x, v, j, keys, d);
 #pragma GCC unroll 4
       for (int row = 0; row < kR; ++row) {
-        const Vec<C> y = broadcast<C>(prob[row * kKeys + j]);
+        const Vec<E> y = broadcast_element(weight + row * kWeights + j);
 #pragma GCC unroll 16
-        for (int i = 0; i < kV; ++i) sum[row][i] += y * x[i];
+        for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
       }
     }
 #pragma GCC unroll 4
@@ -429,16 +460,31 @@ struct Decode {
     next = meanwhile;
   }
 
+  // Element j along the keys, of numbers d and on: whole vectors, or what there is of a single one.
+  template <int kV, class T>
+  HEEDFUL_FN void load_values(Vec<E> (&x)[kV], const Rows<T>& v, int64_t j, int64_t keys, int64_t d) const {
+    if constexpr (kBFloat16x2 && sizeof(T) < sizeof(E)) {
+      const T *first = v.data + 2 * j * v.stride + d, *second = 2 * j + 1 < keys ? first + v.stride : nullptr;
+      load_pairs_of_rows(x, first, second, p.Dv - d);
+    } else {
+      const T* row = v.data + j * v.stride + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(row + i * n, E()) : load_first<E>(row, p.Dv - d);
+    }
+  }
+
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
-  template <class E>
-  HEEDFUL_FN void add_values_carefully(const Rows<E>& v, int64_t keys) const {
+  template <class T>
+  HEEDFUL_FN void add_values_carefully(const Rows<T>& v, int64_t keys) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t r = 0; r < rows(); ++r)
       for (int64_t d = 0; d < dim; d += n) {
         Vec<C> sum = {};
-        for (int64_t j = 0; j < keys; ++j) {
-          const C prob = s.scores[r * kKeys + j];
-          if (!(prob < 0)) sum += prob * load_first<C>(v.data + j * v.stride + d, p.Dv - d);
+        for (int64_t j = 0; j < terms<E>(keys); ++j) {
+          Vec<E> x[1];
+          load_values(x, v, j, keys, d);
+          const Vec<E> weight = broadcast_element(s.weights + r * kWeights + j);
+          sum = multiply_add<E>(sum, where_unmarked<E>(x[0], weight), weight);
         }
         store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
       }

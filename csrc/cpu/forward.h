@@ -81,9 +81,9 @@ struct Forward {
     plan->phase_count = 0;
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = 0;
-    const bool may_decode = Decode<S>::may_decode(p);
-    if (may_decode) Decode<S>::plan(p, plan);
-    if (may_decode && p.Sq <= Decode<S>::kFewQueries) return;
+    const bool may_decode = Decode<S, E>::may_decode(p);
+    if (may_decode) Decode<S, E>::plan(p, plan);
+    if (may_decode && p.Sq <= Decode<S, E>::kFewQueries) return;
     if (shares_values(p)) {
       plan->phases[plan->phase_count++] = {p.B * p.Hk * value_chunks(p), &pair_values};
       Carver workspace{nullptr};
@@ -114,7 +114,7 @@ struct Forward {
     const int64_t j0 = task % value_chunks(p) * kValueChunk, head = task / value_chunks(p), b = head / p.Hk;
     const Band band(p, b);
     const int64_t j1 = least(j0 + kValueChunk, band.keys);
-    if (j0 >= j1 || Decode<S>::decodes(p, band)) return;
+    if (j0 >= j1 || Decode<S, E>::decodes(p, band)) return;
     const int64_t hk = head % p.Hk, width = padded<C>(p.Dv);
     load_operand<E>(shared_values(p, band, b, hk, j0), width,
                     Source<S>{row_of<const S>(p.v, band.batch, hk, band.k_row + j0), p.v.stride[2], p.v.stride[3]},
@@ -123,7 +123,7 @@ struct Forward {
 
   static void run(const Problem& p, int64_t task, void* scratch) {
     const Forward f = of_task(p, task, scratch);
-    if (f.i0 >= f.i1 || Decode<S>::decodes(p, f.band)) return;
+    if (f.i0 >= f.i1 || Decode<S, E>::decodes(p, f.band)) return;
     f.load_queries();
     f.attend(false);
     if (f.s.best) return f.store_best();

@@ -34,6 +34,8 @@ struct SumOf<BFloat16x2> {
 template <class E>
 using Sum = typename SumOf<E>::type;
 
+HEEDFUL_FN Vec<BFloat16x2> load_as(const BFloat16x2* p, BFloat16x2) { return load(p); }
+
 // Elements that hold so many numbers along the sum.
 template <class E>
 HEEDFUL_FN int64_t terms(int64_t numbers) {
@@ -136,6 +138,25 @@ HEEDFUL_FN Vec<BFloat16x2> pair_up(Halves a, Halves b, LaneList<kLane...>) {
   return (Vec<BFloat16x2>)__builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * int(sizeof...(kLane)))...);
 }
 
+// Pairs of two rows, or of one and zeros: whole vectors, or what there is of a single one.
+template <int kV>
+HEEDFUL_FN void load_pairs_of_rows(Vec<BFloat16x2> (&x)[kV], const BFloat16* first, const BFloat16* second,
+                                   int64_t present) {
+  constexpr int n = kLanes<BFloat16x2>;
+  if constexpr (kV == 1) {
+    const Vec<float> a = load_first<float>(first, present);
+    const Vec<float> b = second ? load_first<float>(second, present) : Vec<float>{};
+    x[0] = ((Vec<BFloat16x2>)a >> 16) | (Vec<BFloat16x2>)b;
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kV; i += 2) {
+      const Halves a = load_halves(first + i * n), b = second ? load_halves(second + i * n) : Halves{};
+      x[i] = pair_up<0>(a, b, typename LanesUpTo<2 * n>::list{});
+      x[i + 1] = pair_up<n>(a, b, typename LanesUpTo<2 * n>::list{});
+    }
+  }
+}
+
 // to[r][l] = (from(2 r, l), from(2 r + 1, l)) for l < width, a multiple of the vector; zero where there is no such row,
 // or no such lane of `lanes`.
 HEEDFUL_CALLED void load_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows, int64_t lanes,
@@ -159,16 +180,19 @@ HEEDFUL_CALLED void load_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat1
   } else if (from.lane_stride == 1) {
     for (int64_t r = 0; r < pairs; ++r) {
       const BFloat16* first = from.data + 2 * r * from.row_stride;
-      const bool both = 2 * r + 1 < rows;
+      const BFloat16* second = 2 * r + 1 < rows ? first + from.row_stride : nullptr;
+      BFloat16x2* row = to + r * to_stride;
       int64_t l = 0;
       for (; l + 2 * n <= whole; l += 2 * n) {
-        const Halves a = load_halves(first + l), b = both ? load_halves(first + from.row_stride + l) : Halves{};
-        store(to + r * to_stride + l, pair_up<0>(a, b, LanesUpTo<2 * n>::list{}));
-        store(to + r * to_stride + l + n, pair_up<n>(a, b, LanesUpTo<2 * n>::list{}));
+        Vec<BFloat16x2> x[2];
+        load_pairs_of_rows(x, first + l, second ? second + l : nullptr, 2 * n);
+        store(row + l, x[0]);
+        store(row + l + n, x[1]);
       }
-      for (; l < whole; l += n) {
-        const Vec<int32_t> second = both ? load_bits(first + from.row_stride + l) : Vec<int32_t>{};
-        store(to + r * to_stride + l, (Vec<BFloat16x2>)(load_bits(first + l) | (second << 16)));
+      if (l < whole) {
+        Vec<BFloat16x2> x[1];
+        load_pairs_of_rows(x, first + l, second ? second + l : nullptr, n);
+        store(row + l, x[0]);
       }
     }
     edge(0, pairs, whole, width);

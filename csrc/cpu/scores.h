@@ -98,15 +98,18 @@ HEEDFUL_FN void add_bias_to(C* s, int64_t stride, const Problem& p, const Tile& 
 
 // ---- what comes meanwhile -------------------------------------------------------------------------------------------
 
+constexpr int64_t kLine = 64;  // bytes of a cache's line
+
 // Rows of memory so far apart that the processor does not guess the next.
 struct RowsAhead {
   const char* data;
   int64_t rows = 0, stride, bytes;  // from row to row; of a row
 
   // To the second cache: strides of 4096 have few places in the first.
+  HEEDFUL_FN void fetch_line(int64_t row, int64_t at) const { __builtin_prefetch(data + row * stride + at, 0, 2); }
   HEEDFUL_FN void fetch(int64_t first, int64_t end) const {
     for (int64_t r = first; r < end; ++r)
-      for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(data + r * stride + x, 0, 2);
+      for (int64_t x = 0; x < bytes; x += kLine) fetch_line(r, x);
   }
 };
 // A sum of all; with the product's rows [first, end), of so many, comes as large a part of `ahead`.
