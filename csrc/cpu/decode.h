@@ -241,7 +241,7 @@ struct Decode {
   }
 
   // Rows that are needed soon come into the second cache meanwhile, a few lines at each step of a loop: bursts would
-  // wait for memory, and leave it idle afterwards.
+  // wait for memory, and leave it idle afterwards. They follow the step's own loads, which would wait behind them.
   struct Ahead {
     RowsAhead rows;
     int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
@@ -317,7 +317,6 @@ struct Decode {
 #pragma GCC unroll 16
       for (int x = 0; x < kPairs; ++x) sum[x] = Vec<C>{};
       for (int64_t d = 0; d < dim; d += n) {
-        if (r == 0) values.step();
         Vec<E> x[kJ];
 #pragma GCC unroll 16
         for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
@@ -327,6 +326,7 @@ struct Decode {
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x[i], y);
         }
+        if (r == 0) values.step();
       }
       C scores[kPairs];
 #pragma GCC unroll 8
@@ -441,7 +441,6 @@ struct Decode {
     const E* weight = s.weights + r * kWeights;
     Ahead meanwhile = next;  // in registers
     for (int64_t j = 0; j < terms<E>(keys); ++j) {
-      meanwhile.step();
       Vec<E> x[kV];
       load_values(x, v, j, keys, d);
 #pragma GCC unroll 4
@@ -450,6 +449,7 @@ struct Decode {
 #pragma GCC unroll 16
         for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
       }
+      meanwhile.step();
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row) {

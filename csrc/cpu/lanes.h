@@ -179,11 +179,11 @@ HEEDFUL_FN void exp2_each(Vec<T> (&x)[kCount], Vec<T> factor) {
   for (int i = 0; i < kCount; ++i)  // a product, so that NaN stays NaN
     x[i] = y[i] * (Vec<T>)((Vec<Int<T>>)shifted[i] << E::kMantissa);
 }
-// f(row, number of rows) for [row, end), kAtOnce together and the rest one by one.
+// f(row, number of rows) for [row, end), kAtOnce together, of the rest half as many, and so on.
 template <int kAtOnce, class F>
 HEEDFUL_FN void for_each_step(int64_t row, int64_t end, F f) {
   for (; row + kAtOnce <= end; row += kAtOnce) f(row, Constant<kAtOnce>{});
-  for (; row < end; ++row) f(row, Constant<1>{});
+  if constexpr (kAtOnce > 1) for_each_step<kAtOnce / 2>(row, end, f);
 }
 template <class T>
 HEEDFUL_FN Vec<T> exp2(Vec<T> x, Vec<T> factor) {
