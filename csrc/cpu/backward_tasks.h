@@ -20,8 +20,6 @@ struct BackwardTasks {
 
   // ---- heads --------------------------------------------------------------------------------------------------------
 
-  static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
-
   // Where a bias broadcasts over batch or heads, a task goes over those itself, in order: nobody else adds to its part
   // of the bias gradient.
   static bool sums_batch(const Problem& p) { return p.dbias.data && p.dbias.stride[0] == 0; }
@@ -47,12 +45,15 @@ struct BackwardTasks {
   static int64_t task_heads(const Problem& p) { return sums_heads(p) ? least<int64_t>(p.Hk, 1) : head_groups(p); }
   static int64_t head_tasks(const Problem& p) { return task_batches(p) * task_heads(p); }
 
+  // Whether sequences have lengths of their own.
+  static bool unlike(const Problem& p) { return p.q_offsets || p.q_lengths || p.k_lengths; }
+
   // Whether tasks of `heads` of each sequence keep all threads busy but for an eighth of the time. Of unlike sequences
   // one may be nearly all the work.
   static bool keeps_busy(const Problem& p, int64_t heads) {
     constexpr int64_t kEach = 4;
-    const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths || p.tiles.data;
-    const int64_t tasks = unlike ? least(task_batches(p), int64_t{1}) * heads : task_batches(p) * heads;
+    const int64_t tasks =
+        unlike(p) || p.tiles.data ? least(task_batches(p), int64_t{1}) * heads : task_batches(p) * heads;
     if (p.threads == 1) return tasks > 0;
     return tasks >= kEach * p.threads && 9 * tasks / p.threads >= 8 * ((tasks - 1) / p.threads + 1);
   }
@@ -68,8 +69,7 @@ struct BackwardTasks {
     return groups(p, band.keys, few_queries(band.queries, band.keys));
   }
   static int64_t task_groups(const Problem& p) {  // of any sequence
-    const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths;
-    return groups(p, p.Sk, unlike || few_queries(p.Sq, p.Sk));
+    return groups(p, p.Sk, unlike(p) || few_queries(p.Sq, p.Sk));
   }
 
   // ---- rows ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@
 // Many rows go by the microkernel, for which keys are turned into lanes and half types widened once.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
-// of keys in the second. Few rows take them from memory as they lie, but for pairs of keys, which are made in registers.
+// of keys in the second. Few rows take them from memory as they lie, but for pairs of keys, which are made in
+// registers.
 //
 // Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
 // at multiples of kChunk, so that they depend on the sequence alone.
@@ -46,7 +47,6 @@ struct Decode {
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
   static int64_t chunks(const Problem& p) { return most<int64_t>((p.Sk + kChunk - 1) / kChunk, 1); }
-  static int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
   static int64_t few(const Problem& p) { return least(p.Sq, kFewQueries); }
 
   // Heads that a task takes of a group, by the sequence's queries; tasks that this makes of a group. Enough rows that

@@ -9,6 +9,9 @@
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
 // of keys in the second.
+//
+// Phases: those of decoding (decode.h), for sequences of few queries;  values made into pairs, where many blocks share
+// them;  blocks of queries.
 #pragma once
 
 #include "decode.h"
@@ -93,16 +96,15 @@ struct Forward {
     plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
   }
 
-  // ---- values as pairs, which many blocks of queries share ------------------------------------------------------------
+  // ---- values as pairs, which many blocks of queries share
+  // ------------------------------------------------------------
 
   // Where they are worth a phase, and no more are made than the blocks read, whatever a window leaves of them.
+  static constexpr int64_t kManyBlocks = 8;
   static bool shares_values(const Problem& p) {
-    constexpr int64_t kManyBlocks = 8;
-    if (!kBFloat16x2 || p.normalizer == Normalizer::hard || p.Hk == 0) return false;
-    const int64_t group = p.Hq / p.Hk;
-    return group * blocks(p) >= kManyBlocks && group * p.Sq >= p.Sk;
+    return kBFloat16x2 && heads_per_group(p) * blocks(p) >= kManyBlocks && heads_per_group(p) * p.Sq >= p.Sk;
   }
-  static constexpr int64_t kValueChunk = 512;
+  static constexpr int64_t kValueChunk = 512;  // keys of a task
   static int64_t value_chunks(const Problem& p) { return (p.Sk + kValueChunk - 1) / kValueChunk; }
   // Of a head's keys, those of packed sequences one after the other: each may have an odd number.
   static int64_t value_pairs(const Problem& p) { return p.k_offsets ? p.k_rows / 2 + p.B : terms<E>(p.Sk); }
@@ -157,7 +159,7 @@ struct Forward {
   const Scratch s;
   const int64_t b, h, i0, i1;
 
-  int64_t kv_head() const { return h / (p.Hq / p.Hk); }
+  int64_t kv_head() const { return h / heads_per_group(p); }
   int64_t lanes() const { return padded<C>(i1 - i0); }
 
   void load_queries() const {
@@ -219,7 +221,8 @@ struct Forward {
     if (last < i0) return;
     // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
     const auto first_key_of = [&](int64_t i) { return band.first_key(i) / kDepth<E> * kDepth<E>; };
-    const int64_t first_key = first_key_of(i0), end_key = band.end_key(last);
+    const auto end_key_of = [&](int64_t i) { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); };
+    const int64_t first_key = first_key_of(i0), end_key = end_key_of(last);
     const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
       next = (j0 / block_keys + 1) * block_keys;
@@ -228,15 +231,14 @@ struct Forward {
       if (!find_masks(p, InLanes::queries, s.parts.words, &block)) continue;
       const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
-      // `vectors` of the panel at `l`, from lane `first` on.
+      // Of a panel the vectors from lane `first` on, so many.
       const auto attend_part = [&](Panel panel, int64_t first, auto vectors) {
         // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
         // must not change how the others are computed.
         const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + vectors.value * n);
         if (end <= i) return;
         Tile tile = block;
-        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)),
-        tile.j1 = least(j1, terms<E>(band.end_key(end - 1)) * kDepth<E>);
+        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)), tile.j1 = least(j1, end_key_of(end - 1));
         if (tile.j0 >= tile.j1) return;
         attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), panel, first,
                                     {k.data + (tile.j0 - j0) * k.stride, k.stride},

@@ -21,7 +21,7 @@ struct HardBackward {
   static size_t carve(const Problem& p, char* base, Workspace* w) {
     Carver carve{base};
     w->best = carve.take<int64_t>(query_count(p));
-    w->dv = carve.take<C>((p.k_offsets ? 1 : p.B) * p.Hk * p.k_rows * padded<C>(p.Dv));
+    w->dv = carve.take<C>(key_count(p) * padded<C>(p.Dv));
     return carve.size;
   }
 
@@ -45,9 +45,9 @@ struct HardBackward {
     const Band band(p, b);
     Workspace w;
     carve(p, static_cast<char*>(p.workspace), &w);
-    C* dv = w.dv + ((band.batch * p.Hk + hk) * p.k_rows + band.k_row) * stride;
+    C* dv = w.dv + key_index(p, band, hk) * stride;
     for (int64_t x = 0; x < band.k_rows * stride; ++x) dv[x] = 0;
-    for (int64_t h = hk * (p.Hq / p.Hk); h < (hk + 1) * (p.Hq / p.Hk); ++h) {
+    for (int64_t h = hk * heads_per_group(p); h < (hk + 1) * heads_per_group(p); ++h) {
       const int64_t* best = w.best + query_index(p, band, h);
       for (int64_t i = 0; i < band.queries; ++i) {
         if (best[i] < 0) continue;

@@ -130,11 +130,12 @@ void test_shapes(DType dtype) {
 void test_spoiled_values(DType dtype) {
   for (int64_t S : {20, 40, 70})
     for (int64_t start : {0, 1})
-      for (int64_t key = 0; key < S; key += S == 20 ? 1 : 5) {
-        Call call({.dtype = dtype, .Sq = S, .Sk = S + 1, .D = 8, .Dv = 8, .start = start, .right = 0});
-        call.v.set_row(0, key, NAN);
-        test(call);
-      }
+      for (int64_t heads : {1, 8})  // eight share what is made of the values
+        for (int64_t key = 0; key < S; key += S == 20 ? 1 : 5) {
+          Call call({.dtype = dtype, .Hq = heads, .Sq = S, .Sk = S + 1, .D = 8, .Dv = 8, .start = start, .right = 0});
+          call.v.set_row(0, key, NAN);
+          test(call);
+        }
 }
 
 void test_features(DType dtype) {
@@ -165,6 +166,18 @@ void test_groups(DType dtype) {
       tall.Sq = 600, tall.Sk = 11;
       test(wide), test(tall);
     }
+}
+
+// Blocks of queries, and query heads, that share values: kernels for pairs of bfloat16 make them once.
+void test_shared_values() {
+  for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
+    for (bool packed : {false, true})
+      for (double dropout : {0.0, 0.2}) {
+        Case c{.dtype = DType::bf16, .B = 3, .Hq = 8, .Hk = 2, .Sq = 130, .Sk = 281, .D = 9, .Dv = 35};
+        c.layout = layout, c.packed = packed, c.lengths = !packed, c.poison = true;
+        c.left = 150, c.right = 0, c.start = 120, c.dropout = dropout;
+        test(c);
+      }
 }
 
 Case random_case(DType dtype) {
@@ -217,6 +230,7 @@ int main() {
     for (int n = 0; n < 250; ++n) test(random_case(dtype));
   }
   for (int t = 0; t < 4; ++t) test_many_heads(DType(t));
+  test_shared_values();
   for (const InstructionSet* isa : kInstructionSets) std::printf("%s ", isa->name);
   std::printf("\n");
   return summary();

@@ -42,7 +42,8 @@ inline void compare_gradients(const std::string& name, const Call& got, const Ca
   check("dbias", &Call::dbias, (std::strchr(c.bias, 'i') ? 1 : queries) * (std::strchr(c.bias, 'h') ? 1 : heads));
   check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
   check("dscales", &Call::dscales, queries * double(c.D) * similarity_size);
-  check("dslopes", &Call::dslopes, queries * double(c.Sk));
+  const double farthest = double(std::max(c.Sk, c.Sq + std::abs(c.start)));
+  check("dslopes", &Call::dslopes, queries * farthest);
 }
 
 }  // namespace heedful
