@@ -44,28 +44,27 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def check_threads(problem: Problem, first: int, *others: int) -> None:
+    """The bits are those of `first` threads for any of the other numbers."""
+    torch.set_num_threads(first)
+    expected = problem.results()
+    for count in others:
+        torch.set_num_threads(count)
+        assert torch.get_num_threads() == count
+        assert not differing(expected, problem.results()), f"{count} threads"
+
+
 @DTYPES
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_number_of_threads(case: Case, dtype: torch.dtype, backend: Backend, threads: None) -> None:
-    problem = build(case, dtype, backend.device)
-    torch.set_num_threads(1)
-    first = problem.results()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        assert torch.get_num_threads() == count
-        assert not differing(first, problem.results()), f"{count} threads"
+    check_threads(build(case, dtype, backend.device), 1, 1, 2, 3)
 
 
 @DTYPES
 @pytest.mark.parametrize("heads", [8, 9, 12])
 def test_many_heads_on_any_number_of_threads(heads: int, dtype: torch.dtype, backend: Backend, threads: None) -> None:
     """So many that a task of backward takes a whole head on two threads, and on three or five a part of one."""
-    problem = build(causal((1, heads, heads, 70, 400, 16, 16), scales="h"), dtype, backend.device)
-    torch.set_num_threads(2)
-    first = problem.results()
-    for count in (1, 3, 5):
-        torch.set_num_threads(count)
-        assert not differing(first, problem.results()), f"{count} threads"
+    check_threads(build(causal((1, heads, heads, 70, 400, 16, 16), scales="h"), dtype, backend.device), 2, 1, 3, 5)
 
 
 @DTYPES
@@ -85,12 +84,16 @@ def test_heads_of_a_group_on_any_number_of_threads(
     case: Case, dtype: torch.dtype, backend: Backend, threads: None
 ) -> None:
     """A task of backward takes the heads of a group on one thread, and a single one where groups are too few."""
-    problem = build(case, dtype, backend.device)
-    torch.set_num_threads(1)
-    first = problem.results()
-    for count in (2, 5):
-        torch.set_num_threads(count)
-        assert not differing(first, problem.results()), f"{count} threads"
+    check_threads(build(case, dtype, backend.device), 1, 2, 5)
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "queries"), [(8, 8), (7, 6), (5, 8), (3, 16), (2, 8)])
+def test_few_queries_on_any_number_of_threads(
+    heads: int, queries: int, dtype: torch.dtype, backend: Backend, threads: None
+) -> None:
+    """Decoding: a task takes all heads of the only group, and half of them where a thread would be idle."""
+    check_threads(build(causal((1, heads, 1, queries, 300, 16, 24)), dtype, backend.device), 1, 2, 3)
 
 
 def chosen(problem: Problem, order: list[int]) -> Problem:

@@ -52,8 +52,6 @@ are not refused there; they give wrong results, but no kernel leaves its tensors
 packed sequences is not noticed there either: rows and keys past its end are left out. Gradients of scales, sinks,
 slopes, tables and biases are summed row by row under each of these kernels.
 
-cpu/avx512_bf16 has run on an emulated processor alone, in the test program without torch.
-
 """
 
 

@@ -52,7 +52,13 @@ struct Decode {
   // Heads that a task takes of a group, by the sequence's queries; tasks that this makes of a group. Enough rows that
   // arithmetic takes longer than reading keys, so that to read them for each task costs nothing.
   static int64_t heads_per_task(const Problem& p, int64_t queries) {
-    return clamp(kMostRows / most<int64_t>(queries, 1), 1, heads_per_group(p));
+    const int64_t heads = heads_per_group(p);
+    return halves_group(p, queries) ? (heads + 1) / 2 : clamp(kMostRows / most<int64_t>(queries, 1), 1, heads);
+  }
+  // Where one task would take a group and leave threads idle. Rows come out the same as long as both halves have many.
+  static bool halves_group(const Problem& p, int64_t queries) {
+    const int64_t heads = heads_per_group(p);
+    return p.B * p.Hk * chunks(p) < p.threads && heads * queries <= kMostRows && heads / 2 * queries >= kManyRows;
   }
   static int64_t parts(const Problem& p, int64_t queries) {
     const int64_t heads = heads_per_task(p, queries);
