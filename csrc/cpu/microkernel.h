@@ -14,8 +14,8 @@ constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
 // Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
 enum class Unit { row, k };
 // What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long
-// sum that are added up lose far less to rounding than one long chain. `nothing_topped` raises one number per lane to the
-// largest sum of its column, too.
+// sum that are added up lose far less to rounding than one long chain. `nothing_topped` raises one number per lane to
+// the largest sum of its column, too.
 enum class Onto { nothing, nothing_topped, c, scaled_c };
 
 template <class E, Unit unit>
