@@ -341,6 +341,24 @@ def test_slopes_of_every_size(slope: float, dtype: torch.dtype, backend: Backend
         check(problem)
 
 
+@DTYPES
+@pytest.mark.parametrize("value", [-3.38e38, -1e30, 1e30, 3.38e38])
+def test_huge_biases_that_are_finite(value: float, dtype: torch.dtype, backend: Backend) -> None:
+    """They swallow the products: what has one for all of its keys attends to all of them alike."""
+    problem = build(Case((1, 2, 1, 70, 600, 8, 8), bias="qk", wide_bias=True), dtype, backend.device)
+    bias = problem.options["bias"]
+    with torch.no_grad():
+        bias[..., ::3, :] = value
+        bias[..., 1::3, :290] = value
+    check(problem)
+    out = problem.forward()[0].double()
+    alike = problem.v.double()
+    torch.testing.assert_close(out[..., ::3, :], alike.mean(2, True).expand_as(out[..., ::3, :]), rtol=0, atol=1e-2)
+    if value > 0:
+        alike = alike[:, :, :290].mean(2, True).expand_as(out[..., 1::3, :])
+        torch.testing.assert_close(out[..., 1::3, :], alike, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("reach", [0, 1, 5, 30, 63, 64, 149, 219, 500])
 @pytest.mark.parametrize("start", [0, 37, 80], ids=str)
 def test_table_gradients_at_the_clamp(start: int, reach: int, backend: Backend) -> None:

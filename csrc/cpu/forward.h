@@ -329,20 +329,20 @@ struct Forward {
       store(s.maximum + l + v * n, top);
       store(rescale + v * n, exp2<C>(before - reference[v], to_log2));
       sum[v] = Vec<C>{};
-      if constexpr (kBFloat16x2) reference[v] *= to_log2;
     }
     for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
       constexpr int kCount = rows.value * kN;
       Vec<C> x[kCount], y[kCount];
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) x[i] = load(scores + (j * kN + i) * n);
+      for (int i = 0; i < kCount; ++i) {
+        x[i] = load(scores + (j * kN + i) * n);
+        y[i] = x[i] - reference[i % kN];
+      }
       if constexpr (kBFloat16x2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) y[i] = x[i] * to_log2 - reference[i % kN];
+        for (int i = 0; i < kCount; ++i) y[i] *= to_log2;  // rounded, unlike exp2_each's product: one operation less
         exp2_each<C, CoarseExp2>(y, broadcast<C>(1));
       } else {
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) y[i] = x[i] - reference[i % kN];
         exp2_each<C>(y, to_log2);
       }
 #pragma GCC unroll 8
