@@ -217,14 +217,17 @@ struct Decode {
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
     const auto tile_of = [&](int64_t g) { return Tile{b, first_head + g, 0, queries, j0, j1}; };
-    bool any = false;
+    // Without one, every head sees the same.
+    const bool masked = s.parts.words;
+    bool any = !masked;
     for (int64_t g = 0; !any && g < heads; ++g) {
       Tile tile = tile_of(g);
       any = find_masks(p, InLanes::keys, s.parts.words, &tile);
     }
     if (!any) return;
     score_keys(j0, j1);
-    for (int64_t g = 0; g < heads; ++g) {
+    const bool plain = !masked && is_plain<E>(p, band, tile_of(0));
+    for (int64_t g = 0; !plain && g < heads; ++g) {
       Tile tile = tile_of(g);
       const bool empty = !find_masks(p, InLanes::keys, s.parts.words, &tile);
       finish_scores(tile, empty, s.scores + g * queries * kKeys, width);
