@@ -16,6 +16,7 @@
 // at multiples of kChunk, so that they depend on the sequence alone.
 #pragma once
 
+#include "ahead.h"
 #include "embedding.h"
 #include "kernels.h"
 #include "microkernel.h"
@@ -249,25 +250,7 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows that are needed soon come into the second cache meanwhile, a few lines at each step of a loop: bursts would
-  // wait for memory, and leave it idle afterwards. They follow the step's own loads, which would wait behind them.
-  struct Ahead {
-    RowsAhead rows;
-    int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
-
-    Ahead(const RowsAhead& rows, int64_t steps) : rows(rows) {
-      const int64_t lines = rows.rows * ((rows.bytes + kLine - 1) / kLine);
-      if (lines && steps) each = (lines + steps - 1) / steps;
-    }
-    HEEDFUL_FN void step() {
-      for (int64_t line = 0; line < each && rows.rows > 0; ++line) {
-        rows.fetch_line(0, at);
-        at += kLine;
-        if (at >= rows.bytes) at = 0, rows.data += rows.stride, --rows.rows;
-      }
-    }
-  };
-  // Of the block from key j0 on.
+  // Rows that are needed soon, of the block from key j0 on, come meanwhile.
   RowsAhead block_ahead(const View& view, int64_t dim, int64_t j0) const {
     if (view.stride[3] != 1 || j0 >= band.keys) return {};
     const Source<S> rows = source(view, j0);
@@ -285,8 +268,8 @@ struct Decode {
     if (turns_keys(p, rows())) {
       load_operand<E>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width);
       embed_lanes(p, Role::key, s.k, width, C(1));
-      return multiply<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
-                                                 SumMeanwhile{{embedded_dim(p)}, values});
+      return multiply_meanwhile<Onto::nothing, E>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
+                                                  embedded_dim(p), values);
     }
     if constexpr (kBFloat16x2) {
       if (k_in_place(p, rows()))
@@ -335,7 +318,7 @@ struct Decode {
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x[i], y);
         }
-        if (r == 0) values.step();
+        if (r == 0) values.step();  // after the step's own loads, which would wait behind it
       }
       C scores[kPairs];
 #pragma GCC unroll 8
@@ -414,8 +397,8 @@ struct Decode {
     const int64_t dim = padded<C>(p.Dv);
     if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
-        return multiply<Onto::c, E, Unit::k>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out, dim, dim,
-                                             part.out, SumMeanwhile{{keys}, keys_ahead});
+        return multiply_meanwhile<Onto::c, E>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out, dim, dim,
+                                              part.out, keys, keys_ahead);
     // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
     // widened they serve four.
     constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;

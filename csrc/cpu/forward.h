@@ -14,6 +14,7 @@
 // them;  blocks of queries.
 #pragma once
 
+#include "ahead.h"
 #include "decode.h"
 #include "embedding.h"
 #include "kernels.h"
@@ -275,9 +276,9 @@ struct Forward {
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p), l = panel.lane + first;
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    multiply<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first,
-                                               panel.width, s.scores, width, width, top,
-                                               SumMeanwhile{{dim}, ahead_of(p.bias, size_of(p.bias_dtype), tile)});
+    multiply_meanwhile<Onto::nothing_topped, E>({k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first,
+                                                panel.width, s.scores, width, width, top, dim,
+                                                ahead_of(p.bias, size_of(p.bias_dtype), tile));
     if (!is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
       find_tops<kN>(keys, top);

@@ -24,9 +24,12 @@ struct Operand {
   int64_t stride;  // of the other index
 };
 
-template <int kM, int kN, Onto onto, class E, Unit unit>
+// Elements of a sum after which it pauses, for ranges that do something else meanwhile (ahead.h).
+constexpr int64_t kPace = 8;
+
+template <int kM, int kN, Onto onto, class E, Unit unit, class Range>
 HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, int64_t b_stride,
-                              Sum<E>* c, int64_t c_stride, Sum<E>* per_lane) {
+                              Sum<E>* c, int64_t c_stride, Sum<E>* per_lane, const Range& range) {
   constexpr int n = kLanes<E>;
   Vec<Sum<E>> sum[kM][kN];
 #pragma GCC unroll 16
@@ -35,8 +38,7 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     for (int v = 0; v < kN; ++v) sum[i][v] = Vec<Sum<E>>{};
   const E* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
   const E* right = b + k0 * b_stride;
-#pragma GCC unroll 4  // fewer loops' ends to mispredict: 3 to 5 %
-  for (int64_t k = k0; k < k1; ++k) {
+  const auto add_product = [&] {
     Vec<E> row[kN];
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
@@ -48,6 +50,18 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
     }
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
+  };
+  const auto add_products = [&](int64_t count) {
+    constexpr int kUnrolled = 4;  // fewer loops' ends to mispredict: 3 to 5 %
+    for (; count >= kUnrolled; count -= kUnrolled)
+#pragma GCC unroll 4
+      for (int x = 0; x < kUnrolled; ++x) add_product();
+    for (; count > 0; --count) add_product();
+  };
+  if constexpr (requires { range.pause(); }) {
+    for (int64_t k = k0; k < k1; k += kPace) range.pause(), add_products(least(kPace, k1 - k));
+  } else {
+    add_products(k1 - k0);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
@@ -85,33 +99,32 @@ HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const
   for (int64_t t = 0, m = m0, end; t < tiles; ++t, m = end) {
     end = least(m + step * (each + (t >= longer)), m1);
     const int64_t k0 = range.first(m, end) / kDepth<E>, k1 = terms<E>(range.end(m, end));
-    if constexpr (requires { range.fetch(m, end, m1); }) range.fetch(m - m0, end - m0, m1 - m0);
     switch ((end - m) / step) {
       case 6:
-        multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<6 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
       case 5:
-        multiply_tile<5 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<5 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
       case 4:
-        multiply_tile<4 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<4 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
       case 3:
-        multiply_tile<3 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<3 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
       case 2:
-        multiply_tile<2 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<2 * step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
       case 1:
-        multiply_tile<step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane);
+        multiply_tile<step, kN, onto>(a, m, k0, k1, b, b_stride, c, c_stride, per_lane, range);
         break;
     }
-    if ((end - m) % step) multiply_tile<1, kN, onto>(a, end - 1, k0, k1, b, b_stride, c, c_stride, per_lane);
+    if ((end - m) % step) multiply_tile<1, kN, onto>(a, end - 1, k0, k1, b, b_stride, c, c_stride, per_lane, range);
   }
 }
 
-// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h). Some fetch
-// what is wanted next, a part with each tile (scores.h).
+// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h). Some do
+// something else at each pause (ahead.h).
 struct WholeSum {
   int64_t count;
   HEEDFUL_FN int64_t first(int64_t, int64_t) const { return 0; }
@@ -140,6 +153,14 @@ HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E
   for_each_panel<E, true>(lanes, [&](int64_t l, auto vectors) {
     multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, per_lane + l, range);
   });
+}
+
+// Pauses of a product of so many rows and lanes, at least.
+template <class E>
+HEEDFUL_FN int64_t pauses(int64_t rows, int64_t lanes, int64_t numbers) {
+  const int64_t vectors = (lanes + kLanes<E> - 1) / kLanes<E>, panels = (vectors + kVectors - 1) / kVectors;
+  const int64_t rows_of_tile = vectors <= kVectors / 2 ? 2 * kRows : kRows;
+  return panels * ((rows + rows_of_tile - 1) / rows_of_tile) * ((terms<E>(numbers) + kPace - 1) / kPace);
 }
 
 // x rounded up to whole vectors.

@@ -96,38 +96,6 @@ HEEDFUL_FN void add_bias_to(C* s, int64_t stride, const Problem& p, const Tile& 
   if constexpr (sizeof(C) == 4) return p.bias_dtype == DType::bf16 ? add(BFloat16()) : add(Float16());
 }
 
-// ---- what comes meanwhile -------------------------------------------------------------------------------------------
-
-constexpr int64_t kLine = 64;  // bytes of a cache's line
-
-// Rows of memory so far apart that the processor does not guess the next.
-struct RowsAhead {
-  const char* data;
-  int64_t rows = 0, stride, bytes;  // from row to row; of a row
-
-  // To the second cache: strides of 4096 have few places in the first.
-  HEEDFUL_FN void fetch_line(int64_t row, int64_t at) const { __builtin_prefetch(data + row * stride + at, 0, 2); }
-  HEEDFUL_FN void fetch(int64_t first, int64_t end) const {
-    for (int64_t r = first; r < end; ++r)
-      for (int64_t x = 0; x < bytes; x += kLine) fetch_line(r, x);
-  }
-};
-// A sum of all; with the product's rows [first, end), of so many, comes as large a part of `ahead`.
-struct SumMeanwhile : WholeSum {
-  RowsAhead ahead;
-  HEEDFUL_FN void fetch(int64_t first, int64_t end, int64_t rows) const {
-    if (ahead.rows) ahead.fetch(first * ahead.rows / rows, end * ahead.rows / rows);
-  }
-};
-HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
-// A tile's part of a [B, Hq, Sq, Sk] tensor of elements of `size` bytes. Nothing comes of rows that lie otherwise.
-HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t size, const Tile& t) {
-  if (!view.data || view.stride[3] != 1) return {};
-  const int64_t at = t.b * view.stride[0] + t.h * view.stride[1] + t.i0 * view.stride[2] + t.j0;
-  const int64_t rows = view.stride[2] == 0 ? 1 : t.i1 - t.i0;
-  return {static_cast<const char*>(view.data) + at * size, rows, view.stride[2] * size, (t.j1 - t.j0) * size};
-}
-
 // ---- distances ------------------------------------------------------------------------------------------------------
 
 // The distance of the diagonal `x` of a tile: row r and lane l lie on the diagonal (rows - 1 - r) + l.

@@ -1,0 +1,62 @@
+// Memory that is wanted next comes to the second cache while something else is computed, a few lines at each step of
+// it: bursts would wait for memory, and leave it idle afterwards.
+#pragma once
+
+#include "masks.h"
+#include "microkernel.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+constexpr int64_t kLine = 64;  // bytes of a cache's line
+
+// Rows of memory so far apart that the processor does not guess the next.
+struct RowsAhead {
+  const char* data;
+  int64_t rows = 0, stride, bytes;  // from row to row; of a row
+
+  int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
+};
+
+// Fetches rows in order, all of them within so many steps.
+struct Ahead {
+  RowsAhead rows;
+  int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
+
+  Ahead(const RowsAhead& rows, int64_t steps) : rows(rows) {
+    const int64_t lines = rows.lines();
+    if (lines && steps) each = (lines + steps - 1) / steps;
+  }
+  HEEDFUL_FN void step() {
+    for (int64_t line = 0; line < each && rows.rows > 0; ++line) {
+      // To the second cache: strides of 4096 have few places in the first.
+      __builtin_prefetch(rows.data + at, 0, 2);
+      at += kLine;
+      if (at >= rows.bytes) at = 0, rows.data += rows.stride, --rows.rows;
+    }
+  }
+};
+
+struct SumMeanwhile : WholeSum {
+  mutable Ahead ahead;
+  HEEDFUL_FN void pause() const { ahead.step(); }
+};
+// A product whose sums are of `count` numbers, all of them; meanwhile rows come, if there are any.
+template <Onto onto, class E>
+HEEDFUL_FN void multiply_meanwhile(Operand<E, Unit::k> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride,
+                                   Sum<E>* c, int64_t c_stride, int64_t lanes, Sum<E>* per_lane, int64_t count,
+                                   const RowsAhead& rows) {
+  if (rows.rows == 0) return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
+  multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane,
+                 SumMeanwhile{{count}, Ahead(rows, pauses<E>(m1 - m0, lanes, count))});
+}
+
+HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+// A tile's part of a [B, Hq, Sq, Sk] tensor of elements of `size` bytes. Nothing comes of rows that lie otherwise.
+HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t size, const Tile& t) {
+  if (!view.data || view.stride[3] != 1) return {};
+  const int64_t at = t.b * view.stride[0] + t.h * view.stride[1] + t.i0 * view.stride[2] + t.j0;
+  const int64_t rows = view.stride[2] == 0 ? 1 : t.i1 - t.i0;
+  return {static_cast<const char*>(view.data) + at * size, rows, view.stride[2] * size, (t.j1 - t.j0) * size};
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
