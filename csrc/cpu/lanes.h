@@ -410,28 +410,31 @@ HEEDFUL_FN void store_as(Float16* p, Vec<float> v) {
 // The bits [0, end), for any end of 0 and more.
 HEEDFUL_FN uint64_t bits_below(int64_t end) { return end < 64 ? (uint64_t{1} << end) - 1 : ~uint64_t{}; }
 
-// As many bytes as a vector has, at most.
-HEEDFUL_FN void copy_bytes(void* to, const void* from, int64_t bytes) {
-#if defined(__AVX512BW__) && HEEDFUL_VECTOR_BYTES == 64
-  const __mmask64 these = bits_below(bytes);
-  _mm512_mask_storeu_epi8(to, these, _mm512_maskz_loadu_epi8(these, from));
-#else
-  __builtin_memcpy(to, from, size_t(bytes));
-#endif
-}
 // `count` elements or a vector's, then zeros.
 template <class C, class S>
 HEEDFUL_FN Vec<C> load_first(const S* p, int64_t count) {
   if (count >= kLanes<C>) return load_as(p, C());
+  const uint64_t bytes = uint64_t(count) * sizeof(S);
+#if defined(__AVX512BW__) && HEEDFUL_VECTOR_BYTES == 64
+  S part[64 / sizeof(S)];  // written whole, so that it can be read at once
+  _mm512_storeu_si512(part, _mm512_maskz_loadu_epi8(bits_below(int64_t(bytes)), p));
+#else
   S part[kLanes<C>] = {};
-  copy_bytes(part, p, count * int64_t(sizeof(S)));
+  __builtin_memcpy(part, p, bytes);
+#endif
   return load_as(part, C());
 }
 template <class S, class V>
 HEEDFUL_FN void store_first(S* p, V v, int64_t count) {
   S part[sizeof v / sizeof v[0]];
   store_as(part, v);
-  copy_bytes(p, part, count * int64_t(sizeof(S)));
+  const uint64_t bytes = uint64_t(count) * sizeof(S);
+#if defined(__AVX512BW__) && HEEDFUL_VECTOR_BYTES == 64
+  const __mmask64 these = bits_below(int64_t(bytes));
+  _mm512_mask_storeu_epi8(p, these, _mm512_maskz_loadu_epi8(these, part));
+#else
+  __builtin_memcpy(p, part, bytes);
+#endif
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
