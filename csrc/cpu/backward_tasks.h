@@ -1,6 +1,6 @@
 // How backward's work is cut into tasks: heads, groups of key blocks, rows. What decides a bit of the result (how many
-// groups there are) follows from a sequence's own lengths, the number of heads, and which masks and gradients the call
-// has: never from the machine, nor from the other sequences.
+// groups of several blocks there are) follows from a sequence's own lengths, the number of heads, and which masks and
+// gradients the call has: never from the machine, nor from the other sequences.
 #pragma once
 
 #include "../score/blocks.h"
@@ -101,8 +101,14 @@ struct BackwardTasks {
   static int64_t groups(const Problem& p, int64_t keys, bool few) {
     if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
     const int64_t heads = few || p.dbias.data || !p.Hq ? p.Hk : p.Hq, least_blocks = p.dbias.data ? 1 : 2;
-    const int64_t wanted = clamp((16 + heads - 1) / most<int64_t>(heads, 1), 1, 8);
-    return clamp((key_blocks(p, keys) + least_blocks - 1) / least_blocks, 1, wanted);
+    const int64_t wanted = clamp((16 + heads - 1) / most<int64_t>(heads, 1), 1, 8), blocks = key_blocks(p, keys);
+    if (blocks == 2 && splits_pair(p)) return 2;
+    return clamp((blocks + least_blocks - 1) / least_blocks, 1, wanted);
+  }
+  // Two blocks alone, where one task would leave a thread idle. What a block adds to dQ is added up by itself, so groups
+  // of one block give the same bits as one of both.
+  static bool splits_pair(const Problem& p) {
+    return !p.dbias.data && !p.slopes.gradient && !p.table.gradient && head_tasks(p) < p.threads;
   }
 };
 
