@@ -11,43 +11,52 @@ constexpr int64_t kLine = 64;  // bytes of a cache's line
 
 // Rows of memory so far apart that the processor does not guess the next.
 struct RowsAhead {
-  const char* data;
-  int64_t rows = 0, stride, bytes;  // from row to row; of a row
+  const char* data = nullptr;
+  int64_t rows = 0, stride = 0, bytes = 0;  // from row to row; of a row
+  bool written = false;
 
   int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
 };
 
 // Fetches rows in order, all of them within so many steps.
 struct Ahead {
-  RowsAhead rows;
+  RowsAhead rows, then;
   int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
 
-  Ahead(const RowsAhead& rows, int64_t steps) : rows(rows) {
-    const int64_t lines = rows.lines();
+  Ahead(const RowsAhead& rows, const RowsAhead& then, int64_t steps) : rows(rows), then(then) {
+    const int64_t lines = rows.lines() + then.lines();
     if (lines && steps) each = (lines + steps - 1) / steps;
+    if (rows.rows == 0) take_next();
   }
   HEEDFUL_FN void step() {
     for (int64_t line = 0; line < each && rows.rows > 0; ++line) {
       // To the second cache: strides of 4096 have few places in the first.
-      __builtin_prefetch(rows.data + at, 0, 2);
+      if (rows.written)
+        __builtin_prefetch(rows.data + at, 1, 2);
+      else
+        __builtin_prefetch(rows.data + at, 0, 2);
       at += kLine;
-      if (at >= rows.bytes) at = 0, rows.data += rows.stride, --rows.rows;
+      if (at < rows.bytes) continue;
+      at = 0, rows.data += rows.stride;
+      if (--rows.rows == 0) take_next();
     }
   }
+  HEEDFUL_FN void take_next() { rows = then, then = {}; }
 };
 
 struct SumMeanwhile : WholeSum {
   mutable Ahead ahead;
   HEEDFUL_FN void pause() const { ahead.step(); }
 };
-// A product whose sums are of `count` numbers, all of them; meanwhile rows come, if there are any.
-template <Onto onto, class E>
-HEEDFUL_FN void multiply_meanwhile(Operand<E, Unit::k> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride,
-                                   Sum<E>* c, int64_t c_stride, int64_t lanes, Sum<E>* per_lane, int64_t count,
-                                   const RowsAhead& rows) {
-  if (rows.rows == 0) return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
+// A product whose sums are of `count` numbers, all of them; meanwhile rows come, if there are any, then others.
+template <Onto onto, class E, Unit unit>
+HEEDFUL_FN void multiply_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
+                                   int64_t c_stride, int64_t lanes, Sum<E>* per_lane, int64_t count,
+                                   const RowsAhead& rows, const RowsAhead& then = {}) {
+  if (rows.rows + then.rows == 0)
+    return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
   multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane,
-                 SumMeanwhile{{count}, Ahead(rows, pauses<E>(m1 - m0, lanes, count))});
+                 SumMeanwhile{{count}, Ahead(rows, then, pauses<E>(m1 - m0, lanes, count))});
 }
 
 HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
@@ -57,6 +66,14 @@ HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t size, const Tile& t) {
   const int64_t at = t.b * view.stride[0] + t.h * view.stride[1] + t.i0 * view.stride[2] + t.j0;
   const int64_t rows = view.stride[2] == 0 ? 1 : t.i1 - t.i0;
   return {static_cast<const char*>(view.data) + at * size, rows, view.stride[2] * size, (t.j1 - t.j0) * size};
+}
+// `rows` rows of one head of q, k, v or out, from row `first` on, likewise.
+template <class S>
+HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t batch, int64_t head, int64_t first, int64_t rows, int64_t dim) {
+  if (view.stride[3] != 1) return {};
+  constexpr int64_t size = sizeof(S);
+  return {reinterpret_cast<const char*>(row_of<const S>(view, batch, head, first)), rows, view.stride[2] * size,
+          dim * size};
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

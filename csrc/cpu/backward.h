@@ -424,12 +424,12 @@ struct Backward : BackwardTasks {
     Tile panel = t;
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
-    multiply_meanwhile<Onto::nothing, E>({rows.q_rows.data, rows.q_rows.stride}, r0, r1, s.kt + l * terms<E>(dim),
-                                         width, prob, stride, width, s.sum.dk, dim,
-                                         ahead_of(p.bias, size_of(p.bias_dtype), panel));
-    multiply_meanwhile<Onto::nothing, E>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1,
-                                         s.vt + l * terms<E>(p.Dv), width, grad, stride, width, s.sum.dk, p.Dv,
-                                         ahead_of(p.dbias, sizeof(C), panel));
+    multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1,
+                                                  s.kt + l * terms<E>(dim), width, prob, stride, width, s.sum.dk, dim,
+                                                  ahead_of(p.bias, size_of(p.bias_dtype), panel));
+    multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1,
+                                                  s.vt + l * terms<E>(p.Dv), width, grad, stride, width, s.sum.dk, p.Dv,
+                                                  ahead_of(p.dbias, sizeof(C), panel));
     const bool plain = is_plain<E>(p, band, panel);
     if (!plain)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,

@@ -105,8 +105,8 @@ struct BackwardTasks {
     if (blocks == 2 && splits_pair(p)) return 2;
     return clamp((blocks + least_blocks - 1) / least_blocks, 1, wanted);
   }
-  // Two blocks alone, where one task would leave a thread idle. What a block adds to dQ is added up by itself, so groups
-  // of one block give the same bits as one of both.
+  // Two blocks alone, where one task would leave a thread idle. What a block adds to dQ is added up by itself, so
+  // groups of one block give the same bits as one of both.
   static bool splits_pair(const Problem& p) {
     return !p.dbias.data && !p.slopes.gradient && !p.table.gradient && head_tasks(p) < p.threads;
   }

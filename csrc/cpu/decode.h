@@ -260,10 +260,8 @@ struct Decode {
 
   // Else rows that are needed soon, of the block from key j0 on, come meanwhile.
   RowsAhead block_ahead(const View& view, int64_t dim, int64_t j0) const {
-    if (view.stride[3] != 1 || j0 >= band.keys || reads_in_order()) return {};
-    const Source<S> rows = source(view, j0);
-    constexpr int64_t size = sizeof(S);
-    return {reinterpret_cast<const char*>(rows.data), least(band.keys - j0, kKeys), rows.row_stride * size, dim * size};
+    if (j0 >= band.keys || reads_in_order()) return {};
+    return ahead_of<S>(view, band.batch, hk, band.k_row + j0, least(band.keys - j0, kKeys), dim);
   }
 
   // ---- scores
@@ -276,8 +274,8 @@ struct Decode {
     if (turns_keys(p, rows())) {
       load_operand<E>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width);
       embed_lanes(p, Role::key, s.k, width, C(1));
-      return multiply_meanwhile<Onto::nothing, E>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width, s.scores,
-                                                  embedded_dim(p), values);
+      return multiply_meanwhile<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width,
+                                                           s.scores, embedded_dim(p), values);
     }
     if constexpr (kBFloat16x2) {
       if (k_in_place(p, rows()))
@@ -294,7 +292,7 @@ struct Decode {
   HEEDFUL_CALLED void score_rows(const Rows<T>& k, int64_t keys, const RowsAhead& values_ahead) const {
     const bool in_order = reads_in_order();
     const int64_t together = rows() >= 4 ? kPairs / 4 : kPairs / rows();
-    Ahead values(values_ahead, (keys + together - 1) / together * (row_terms(p) / n));
+    Ahead values(values_ahead, {}, (keys + together - 1) / together * (row_terms(p) / n));
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;
@@ -413,14 +411,14 @@ struct Decode {
     const int64_t dim = padded<C>(p.Dv);
     if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
-        return multiply_meanwhile<Onto::c, E>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out, dim, dim,
-                                              part.out, keys, keys_ahead);
+        return multiply_meanwhile<Onto::c, E, Unit::k>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out,
+                                                       dim, dim, part.out, keys, keys_ahead);
     // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
     // widened they serve four.
     constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
     const int64_t together = least<int64_t>(kTogether, rows()), vectors = kPairs / together;
     const int64_t passes = (rows() + together - 1) / together * ((dim / n + vectors - 1) / vectors);
-    Ahead next(keys_ahead, passes * terms<E>(keys));
+    Ahead next(keys_ahead, {}, passes * terms<E>(keys));
     int64_t r = 0;
     for (; r + 4 <= rows(); r += kTogether) add_values_to<kTogether>(v, keys, r, 0, next);
     if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, next), r += 2;

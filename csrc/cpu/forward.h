@@ -268,17 +268,39 @@ struct Forward {
     return left_out * 16 > last - first;
   }
 
+  // A short sequence is over before the processor has guessed what follows: then rows come meanwhile of the head that
+  // the thread will take next, as a rule, and the output's own.
+  struct ShortAhead {
+    RowsAhead q, k, v, out;
+  };
+  static bool is_short(const Problem& p) { return p.Sq <= kQueries && p.Sk <= kKeys; }
+  ShortAhead short_ahead() const {
+    ShortAhead ahead;
+    ahead.out = ahead_of<S>(p.out, band.batch, h, band.q_row, band.q_rows, p.Dv);
+    ahead.out.written = true;
+    const int64_t head = b * p.Hq + h + p.threads, next_b = head / p.Hq, next_h = head % p.Hq;
+    if (next_b >= p.B) return ahead;
+    const Band next(p, next_b);
+    const int64_t next_hk = next_h / heads_per_group(p);
+    ahead.q = ahead_of<S>(p.q, next.batch, next_h, next.q_row, next.queries, p.D);
+    if (next_b == b && next_hk == kv_head()) return ahead;
+    ahead.k = ahead_of<S>(p.k, next.batch, next_hk, next.k_row, next.keys, p.D);
+    ahead.v = ahead_of<S>(p.v, next.batch, next_hk, next.k_row, next.keys, p.Dv);
+    return ahead;
+  }
+
   // One panel of queries, or some vectors of it from lane `first` on, over the keys of a tile.
   template <int kN>
   HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, Panel panel, int64_t first, Rows<E> k, Rows<E> v,
                                bool careful) const {
     constexpr int width = kN * n;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p), l = panel.lane + first;
+    const ShortAhead ahead = l == 0 && is_short(p) ? short_ahead() : ShortAhead{};
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    multiply_meanwhile<Onto::nothing_topped, E>({k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first,
-                                                panel.width, s.scores, width, width, top, dim,
-                                                ahead_of(p.bias, size_of(p.bias_dtype), tile));
+    multiply_meanwhile<Onto::nothing_topped, E, Unit::k>(
+        {k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first, panel.width, s.scores, width, width, top,
+        dim, p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : ahead.q, ahead.out);
     if (!is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
       find_tops<kN>(keys, top);
@@ -298,8 +320,8 @@ struct Forward {
     if (careful)
       add_values_carefully<kN>(keys, v, out, panel.width, rescale);
     else
-      multiply<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, panel.width, width,
-                                             rescale, WholeSum{keys});
+      multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, panel.width,
+                                                       width, rescale, keys, ahead.k, ahead.v);
   }
 
   template <int kN>
