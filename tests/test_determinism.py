@@ -96,6 +96,26 @@ def test_few_queries_on_any_number_of_threads(
     check_threads(build(causal((1, heads, 1, queries, 300, 16, 24)), dtype, backend.device), 1, 2, 3)
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 1, 1, 200, 256, 24, 16), dropout_p=0.2),
+        causal((1, 4, 2, 256, 200, 64, 64), scales="h", sinks="h"),
+        Case((2, 1, 1, 130, 129, 16, 16), mask="qk", left=60, right=5),
+        Case((2, 1, 1, 257, 500, 16, 16), k_lengths=(250, 90), q_lengths=(257, 60)),
+        packed((1, 1), (16, 8), (300, 300), (0, 200), (0, 64), (200, 300), (64, 264)),
+        causal((1, 1, 1, 128, 128, 16, 16), tiles="h"),
+    ],
+    ids=str,
+)
+def test_pair_of_key_blocks_on_any_number_of_threads(
+    case: Case, dtype: torch.dtype, backend: Backend, threads: None
+) -> None:
+    """A task of backward takes both blocks of keys, and a single one where threads would be idle."""
+    check_threads(build(case, dtype, backend.device), 1, 2, 3, 5)
+
+
 def chosen(problem: Problem, order: list[int]) -> Problem:
     """The problem whose batch holds the sequences `order` of this one, in that order."""
     batch = problem.case.sizes[0]

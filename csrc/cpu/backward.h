@@ -26,8 +26,7 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Limits of a sum over queries, for rows of keys: the queries that see any of these keys, counted from the tile's
-// first.
+// Limits of a sum over queries, for rows of keys: the queries that see any of these, counted from the tile's first.
 struct QueriesThatSee {
   const Band& band;
   const Tile& tile;

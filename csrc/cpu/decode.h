@@ -202,15 +202,9 @@ struct Decode {
     for (int64_t g = 0; g < heads; ++g) {
       E* to = s.q + g * queries * dim;
       const Source<S> from{row_of<const S>(p.q, band.batch, first_head + g, band.q_row), p.q.stride[2], p.q.stride[3]};
-      if constexpr (kBFloat16x2) {
-        load_row_pairs(to, dim, from, queries, p.D);
-        for (int64_t i = 0; i < queries; ++i)
-          for (int64_t d = terms<E>(p.D); d < dim; ++d) to[i * dim + d] = {};
-      } else {
-        const C scale = query_scale<C>(p, b, first_head + g);
-        load_tile<C>(to, dim, from, queries, p.D, dim, p.similarity == Similarity::dot ? scale : C(1));
-        embed_rows(p, Role::query, to, dim, queries, scale);
-      }
+      const C scale = query_scale<E>(p, b, first_head + g);
+      load_row_operand(to, dim, from, queries, p.D, p.similarity == Similarity::dot ? scale : C(1));
+      embed_rows(p, Role::query, to, dim, queries, scale);
     }
   }
 
@@ -277,14 +271,13 @@ struct Decode {
       return multiply_meanwhile<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width,
                                                            s.scores, embedded_dim(p), values);
     }
-    if constexpr (kBFloat16x2) {
-      if (k_in_place(p, rows()))
+    if (k_in_place(p, rows())) {
+      if constexpr (kBFloat16x2)
         return score_rows(Rows<E>{reinterpret_cast<const E*>(k.data), k.row_stride / 2}, keys, values);
-      load_row_pairs(s.k, dim, k, keys, p.D);
-    } else {
-      if (k_in_place(p, rows())) return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
-      load_tile<C>(s.k, dim, k, keys, p.D, dim, C(1));
+      else
+        return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
     }
+    load_row_operand(s.k, dim, k, keys, p.D);
     score_rows(Rows<E>{s.k, dim}, keys, values);
   }
 

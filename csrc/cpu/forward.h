@@ -183,15 +183,11 @@ struct Forward {
   // Keys [j0, j1): elements along each row.
   Rows<E> key_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.k, j0);
-    if constexpr (kBFloat16x2) {
-      if (!s.k) return {reinterpret_cast<const BFloat16x2*>(from.data), from.row_stride / 2};
-      load_row_pairs(s.k, terms<E>(p.D), from, j1 - j0, p.D);
-      return {s.k, terms<E>(p.D)};
-    } else {
-      const Rows<C> k = load_rows<C>(s.k, from, j1 - j0, p.D, padded<C>(embedded_dim(p)));
-      if (s.k) embed_rows(p, Role::key, s.k, k.stride, j1 - j0, C(1));
-      return k;
-    }
+    if (!s.k) return {reinterpret_cast<const E*>(from.data), from.row_stride / kDepth<E>};
+    const int64_t width = kBFloat16x2 ? terms<E>(p.D) : padded<C>(embedded_dim(p));
+    load_row_operand(s.k, width, from, j1 - j0, p.D);
+    embed_rows(p, Role::key, s.k, width, j1 - j0, C(1));
+    return {s.k, width};
   }
   // Their values: elements along the keys.
   Rows<E> value_rows(int64_t j0, int64_t j1) const {
@@ -220,9 +216,6 @@ struct Forward {
     }
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0) return;
-    // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
-    const auto first_key_of = [&](int64_t i) { return band.first_key(i) / kDepth<E> * kDepth<E>; };
-    const auto end_key_of = [&](int64_t i) { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); };
     const int64_t first_key = first_key_of(i0), end_key = end_key_of(last);
     const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
@@ -232,31 +225,37 @@ struct Forward {
       if (!find_masks(p, InLanes::queries, s.parts.words, &block)) continue;
       const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
-      // Of a panel the vectors from lane `first` on, so many.
-      const auto attend_part = [&](Panel panel, int64_t first, auto vectors) {
-        // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding
-        // must not change how the others are computed.
-        const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + vectors.value * n);
-        if (end <= i) return;
-        Tile tile = block;
-        tile.i0 = i, tile.i1 = end, tile.j0 = most(j0, first_key_of(i)), tile.j1 = least(j1, end_key_of(end - 1));
-        if (tile.j0 >= tile.j1) return;
-        attend_panel<vectors.value>(tile, distances_of<InLanes::queries>(s.parts, block, tile), panel, first,
-                                    {k.data + (tile.j0 - j0) * k.stride, k.stride},
-                                    {v.data + terms<E>(tile.j0 - j0) * v.stride, v.stride}, careful);
-      };
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         const Panel panel{l, vectors.value * n};
         if constexpr (vectors.value == 4)
           if (halves_pay(i0 + l, j0, j1)) {
-            attend_part(panel, 0, Constant<2>{});
-            attend_part(panel, 2 * n, Constant<2>{});
+            attend_part<2>(block, panel, 0, k, v, careful);
+            attend_part<2>(block, panel, 2 * n, k, v, careful);
             return;
           }
-        attend_part(panel, 0, vectors);
+        attend_part<vectors.value>(block, panel, 0, k, v, careful);
       });
     }
   }
+
+  // kN vectors of a panel, from lane `first` on, over the keys of a block that they see.
+  template <int kN>
+  HEEDFUL_FN void attend_part(const Tile& block, Panel panel, int64_t first, Rows<E> k, Rows<E> v, bool careful) const {
+    // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding must
+    // not change how the others are computed.
+    const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + kN * n);
+    if (end <= i) return;
+    Tile tile = block;
+    tile.i0 = i, tile.i1 = end, tile.j0 = most(block.j0, first_key_of(i)),
+    tile.j1 = least(block.j1, end_key_of(end - 1));
+    if (tile.j0 >= tile.j1) return;
+    k.data += (tile.j0 - block.j0) * k.stride;
+    v.data += terms<E>(tile.j0 - block.j0) * v.stride;
+    attend_panel<kN>(tile, distances_of<InLanes::queries>(s.parts, block, tile), panel, first, k, v, careful);
+  }
+  // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
+  int64_t first_key_of(int64_t i) const { return band.first_key(i) / kDepth<E> * kDepth<E>; }
+  int64_t end_key_of(int64_t i) const { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); }
 
   // Whether a band's edge leaves out so many of the keys for one half of a panel that halves, though each is a little
   // slower, are faster.
@@ -289,7 +288,7 @@ struct Forward {
     return ahead;
   }
 
-  // One panel of queries, or some vectors of it from lane `first` on, over the keys of a tile.
+  // That part of a panel over the keys of a tile.
   template <int kN>
   HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, Panel panel, int64_t first, Rows<E> k, Rows<E> v,
                                bool careful) const {

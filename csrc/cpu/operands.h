@@ -233,7 +233,7 @@ HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
   return rows.stride[3] == 1 && dim % 2 == 0 && rows.stride[2] % 2 == 0;
 }
 
-// to[r][d] = (from(r, 2 d), from(r, 2 d + 1)), a pair of an odd number's with zero.
+// to[r][d] = (from(r, 2 d), from(r, 2 d + 1)), a pair of an odd number's with zero; zeros up to the stride.
 HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows,
                                    int64_t dim) {
   constexpr int n = kLanes<BFloat16x2>;
@@ -243,7 +243,18 @@ HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFl
     for (int64_t d = 0; d < whole; d += n) store(to + d, load(reinterpret_cast<const BFloat16x2*>(row) + d));
     for (int64_t d = whole; d < end; ++d)
       to[d] = {row[2 * d * from.lane_stride], 2 * d + 1 < dim ? row[(2 * d + 1) * from.lane_stride] : BFloat16{0}};
+    for (int64_t d = end; d < to_stride; ++d) to[d] = {};
   }
+}
+
+// Rows as an operand whose elements follow each other along them.
+template <class E, class S>
+HEEDFUL_FN void load_row_operand(E* to, int64_t to_stride, Source<S> from, int64_t rows, int64_t dim,
+                                 Sum<E> scale = 1) {
+  if constexpr (kDepth<E> == 1)
+    load_tile<E>(to, to_stride, from, rows, dim, to_stride, scale);
+  else
+    load_row_pairs(to, to_stride, from, rows, dim);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET
