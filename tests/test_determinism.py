@@ -116,6 +116,12 @@ def test_pair_of_key_blocks_on_any_number_of_threads(
     check_threads(build(case, dtype, backend.device), 1, 2, 3, 5)
 
 
+@DTYPES
+def test_pair_of_key_blocks_beside_more(dtype: torch.dtype, backend: Backend, threads: None) -> None:
+    """So many heads that no sequence has groups of key blocks, and more threads."""
+    check_threads(build(Case((2, 16, 16, 130, 384, 16, 16), k_lengths=(384, 200)), dtype, backend.device), 1, 40)
+
+
 def chosen(problem: Problem, order: list[int]) -> Problem:
     """The problem whose batch holds the sequences `order` of this one, in that order."""
     batch = problem.case.sizes[0]

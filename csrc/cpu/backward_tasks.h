@@ -102,7 +102,7 @@ struct BackwardTasks {
     if (p.dbias.data && p.dbias.stride[3] == 0) return 1;  // all keys of a query add to one element
     const int64_t heads = few || p.dbias.data || !p.Hq ? p.Hk : p.Hq, least_blocks = p.dbias.data ? 1 : 2;
     const int64_t wanted = clamp((16 + heads - 1) / most<int64_t>(heads, 1), 1, 8), blocks = key_blocks(p, keys);
-    if (blocks == 2 && splits_pair(p)) return 2;
+    if (blocks == 2 && splits_pair(p)) return least<int64_t>(2, wanted);  // no more than a longer sequence has
     return clamp((blocks + least_blocks - 1) / least_blocks, 1, wanted);
   }
   // Two blocks alone, where one task would leave a thread idle. What a block adds to dQ is added up by itself, so
