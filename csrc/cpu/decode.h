@@ -212,7 +212,7 @@ struct Decode {
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
     const auto tile_of = [&](int64_t g) { return Tile{b, first_head + g, 0, queries, j0, j1}; };
-    // Without one, every head sees the same.
+    // Without masks of their own, all heads see the same.
     const bool masked = s.parts.words;
     bool any = !masked;
     for (int64_t g = 0; !any && g < heads; ++g) {
