@@ -249,9 +249,10 @@ def test_any_padding_beside_features(name: str, lengths: tuple, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)
 @pytest.mark.parametrize("lengths", [(1, 150), (3, 700), (11, 2100), (40, 65)], ids=str)
-def test_any_padding_of_many_heads(lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
-    """Decoding, the heads that share keys go by as many at a time as a sequence's own queries say."""
-    check_padding({"right": 20}, lengths, dtype, backend, heads=(13, 1))
+@pytest.mark.parametrize("heads", [13, 16])
+def test_any_padding_of_many_heads(heads: int, lengths: tuple[int, int], dtype: torch.dtype, backend: Backend) -> None:
+    """Decoding, the heads that share keys go by as many at a time as a sequence's own queries say, and how they lie."""
+    check_padding({"right": 20}, lengths, dtype, backend, heads=(heads, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.short)

@@ -20,6 +20,7 @@
 #include "embedding.h"
 #include "kernels.h"
 #include "microkernel.h"
+#include "online_softmax.h"
 #include "scores.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -97,7 +98,7 @@ struct Decode {
   }
 
   struct Scratch {
-    E *q, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
+    E *q, *q_lanes, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
     C* scores;
     Partial only;  // of a single chunk
     ScoreParts<C> parts;
@@ -105,10 +106,12 @@ struct Decode {
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     Carver carve{base};
     s->only = Partial::carve(p, carve, 1, 0);
+    const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
-    s->scores = carve.take<C>(most_rows(p) * kKeys);
+    s->q_lanes = most_rows(p) < kManyRows ? nullptr : carve.take<E>(lanes * terms<E>(p.D));
+    s->scores = carve.take<C>(lanes * kKeys);
     if constexpr (kBFloat16x2)
-      s->weights = carve.take<E>(most_rows(p) * kWeights);
+      s->weights = carve.take<E>(lanes * kWeights);
     else
       s->weights = s->scores;
     s->k = k_in_place(p, most_rows(p)) ? nullptr : carve.take<E>(kKeys * row_terms(p));
@@ -131,6 +134,17 @@ struct Decode {
   }
   static bool k_in_place(const Problem& p, int64_t rows) {
     return in_place(p.k, p.D, rows) && !turns_keys(p, rows) && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
+  }
+  static bool lanes_read_k_in_place(const Problem& p) {
+    return sizeof(S) * kDepth<E> == sizeof(E) && p.k.stride[3] == 1 && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
+  }
+
+  // Many rows that nothing but the band masks lie in lanes, as queries do in the forward kernel: keys are read where
+  // they lie, and maxima need no shuffles. It must not depend on the rows of one task.
+  static bool lie_in_lanes(const Problem& p, int64_t queries) {
+    const int64_t rows = heads_per_group(p) * queries;
+    return rows >= kManyRows && rows % n == 0 && p.similarity == Similarity::dot && !scales_products<E>(p) &&
+           !p.mask.data && !p.tiles.data && !p.bias.data && !has_distances(p) && p.softcap == 0 && !has_dropout(p);
   }
 
   // Adds its phases, scratch and workspace to a plan.
@@ -194,7 +208,15 @@ struct Decode {
     const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
     if (first >= end) return;
     load_queries();
-    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += kKeys) attend_block(j0, least(j0 + kKeys, end), careful);
+    const bool lanes = lie_in_lanes(p, band.queries);
+    if (lanes) turn_queries();
+    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += kKeys) {
+      const int64_t j1 = least(j0 + kKeys, end);
+      if (lanes)
+        attend_block_in_lanes(j0, j1, careful);
+      else
+        attend_block(j0, j1, careful);
+    }
   }
 
   void load_queries() const {
@@ -206,6 +228,15 @@ struct Decode {
       load_row_operand(to, dim, from, queries, p.D, p.similarity == Similarity::dot ? scale : C(1));
       embed_rows(p, Role::query, to, dim, queries, scale);
     }
+  }
+
+  // Panels of lanes, [d][lane] each.
+  void turn_queries() const {
+    for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
+      constexpr int width = vectors.value * n;
+      const int64_t dim = row_terms(p), present = least<int64_t>(rows() - l, width);
+      turn_rows(s.q_lanes + l * terms<E>(p.D), width, {s.q + l * dim, dim}, terms<E>(p.D), present);
+    });
   }
 
   // Keys [j0, j1) of one tile of a block mask.
@@ -238,6 +269,67 @@ struct Decode {
     if (in_place(p.v, p.Dv, rows())) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
     load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
     add_values(Rows<E>{s.v, dim}, j0, keys, careful);
+  }
+
+  void attend_block_in_lanes(int64_t j0, int64_t j1, bool careful) const {
+    const int64_t keys = j1 - j0, lanes = padded<C>(rows()), dim = padded<C>(p.Dv);
+    score_lanes(j0, j1, careful);
+    const Source<S> v = source(p.v, j0);
+    Rows<E> values{s.v, dim};
+    if (s.v)
+      load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
+    else
+      values = {reinterpret_cast<const E*>(v.data), v.row_stride};
+    for_each_panel<C>(lanes, [&](int64_t l, auto vectors) {
+      constexpr int width = vectors.value * n;
+      const E* weights = s.weights + l * kWeights;
+      C* out = part.out + l * dim;
+      const int64_t count = least<int64_t>(rows() - l, width);
+      if (careful) return add_values_carefully(values, keys, weights, 1, width, out, count);
+      multiply_meanwhile<Onto::c, E, Unit::row>({weights, width}, 0, count, values.data, values.stride, out, dim, dim,
+                                                out, keys, l ? RowsAhead{} : block_ahead(p.k, p.D, j0 + keys));
+    });
+  }
+
+  // Probabilities of the keys [j0, j1), in panels of [key][lane]; meanwhile the keys' values come.
+  HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool careful) const {
+    const int64_t keys = j1 - j0;
+    const Source<S> from = source(p.k, j0);
+    Rows<E> k{reinterpret_cast<const E*>(from.data), from.row_stride / kDepth<E>};
+    if (!lanes_read_k_in_place(p)) {
+      load_row_operand(s.k, row_terms(p), from, keys, p.D);
+      k = {s.k, row_terms(p)};
+    }
+    const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
+    for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
+      constexpr int kN = vectors.value, width = kN * n;
+      alignas(64) C top[width], rescale[width];
+      for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+      C* scores = s.scores + l * kKeys;
+      E* weights = s.weights + l * kWeights;
+      multiply_meanwhile<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q_lanes + l * terms<E>(p.D),
+                                                           width, scores, width, width, top, p.D,
+                                                           l ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
+      if (!band.covers(0, band.queries, j0, j1)) {
+        mask_lanes(j0, j1, l, least<int64_t>(rows() - l, width), scores, width);
+        find_tops<kN, C>(scores, keys, top);
+      }
+      E* joined = kBFloat16x2 ? weights : nullptr;
+      if (careful)
+        online_softmax<kN, true, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale);
+      else
+        online_softmax<kN, false, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale);
+      rescale_rows(l, least<int64_t>(rows() - l, width), rescale);
+    });
+  }
+
+  // Leaves out what the band does.
+  void mask_lanes(int64_t j0, int64_t j1, int64_t l, int64_t count, C* scores, int64_t width) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = (l + r) % band.queries, first = band.first_key(i), end = band.end_key(i);
+      for (int64_t j = j0; j < j1; ++j)
+        if (j < first || j >= end) scores[(j - j0) * width + r] = -kInfinity<C>;
+    }
   }
 
   Source<S> source(const View& view, int64_t j) const {
@@ -399,7 +491,7 @@ struct Decode {
   // Meanwhile the next block's keys come.
   template <class T>
   HEEDFUL_CALLED void add_values(const Rows<T>& v, int64_t j0, int64_t keys, bool careful) const {
-    if (careful) return add_values_carefully(v, keys);
+    if (careful) return add_values_carefully(v, keys, s.weights, kWeights, 1, part.out, rows());
     const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
     const int64_t dim = padded<C>(p.Dv);
     if constexpr (sizeof(T) == sizeof(E))
@@ -483,18 +575,19 @@ struct Decode {
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
   template <class T>
-  HEEDFUL_FN void add_values_carefully(const Rows<T>& v, int64_t keys) const {
+  HEEDFUL_FN void add_values_carefully(const Rows<T>& v, int64_t keys, const E* weights, int64_t row_stride,
+                                       int64_t key_stride, C* out, int64_t count) const {
     const int64_t dim = padded<C>(p.Dv);
-    for (int64_t r = 0; r < rows(); ++r)
+    for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < dim; d += n) {
         Vec<C> sum = {};
         for (int64_t j = 0; j < terms<E>(keys); ++j) {
           Vec<E> x[1];
           load_values(x, v, j, keys, d);
-          const Vec<E> weight = broadcast_element(s.weights + r * kWeights + j);
+          const Vec<E> weight = broadcast_element(weights + r * row_stride + j * key_stride);
           sum = multiply_add<E>(sum, where_unmarked<E>(x[0], weight), weight);
         }
-        store(part.out + r * dim + d, load(part.out + r * dim + d) + sum);
+        store(out + r * dim + d, load(out + r * dim + d) + sum);
       }
   }
 

@@ -19,6 +19,7 @@
 #include "embedding.h"
 #include "kernels.h"
 #include "microkernel.h"
+#include "online_softmax.h"
 #include "scores.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -302,14 +303,15 @@ struct Forward {
         dim, p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : ahead.q, ahead.out);
     if (!is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
-      find_tops<kN>(keys, top);
+      find_tops<kN, C>(s.scores, keys, top);
     }
     if (s.best) return find_best<kN>(tile, l);
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
+    E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // but where dropout is still to come
     if (careful)
-      probabilities<kN, true>(keys, l, to_log2, top, rescale);
+      online_softmax<kN, true, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale);
     else
-      probabilities<kN, false>(keys, l, to_log2, top, rescale);
+      online_softmax<kN, false, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale);
     if (s.parts.keep) {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
@@ -321,71 +323,6 @@ struct Forward {
     else
       multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, panel.width,
                                                        width, rescale, keys, ahead.k, ahead.v);
-  }
-
-  template <int kN>
-  HEEDFUL_FN void find_tops(int64_t keys, C* tops) const {
-    Vec<C> top[kN];
-#pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) top[v] = broadcast<C>(-kInfinity<C>);
-    for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) top[v] = maximum(load(s.scores + (j * kN + v) * n), top[v]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
-  }
-
-  // Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones
-  // to it. Distances between scores times `to_log2` are powers of two. With `mark`, absent pairs get -1 instead of 0.
-  // Pairs of bfloat16 are joined at once, but where dropout is still to come.
-  template <int kN, bool mark>
-  HEEDFUL_FN void probabilities(int64_t keys, int64_t l, Vec<C> to_log2, const C* tops, C* rescale) const {
-    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-    C* const scores = s.scores;  // which no store may change
-    E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;
-    Vec<C> reference[kN], sum[kN];
-#pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) {
-      const Vec<C> before = load(s.maximum + l + v * n), top = maximum(load(tops + v * n), before);
-      reference[v] = softmax_reference(top, minus_infinity);
-      store(s.maximum + l + v * n, top);
-      store(rescale + v * n, exp2<C>(before - reference[v], to_log2));
-      sum[v] = Vec<C>{};
-    }
-    for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
-      constexpr int kCount = rows.value * kN;
-      Vec<C> x[kCount], y[kCount];
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) {
-        x[i] = load(scores + (j * kN + i) * n);
-        y[i] = x[i] - reference[i % kN];
-      }
-      if constexpr (kBFloat16x2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) y[i] *= to_log2;  // rounded, unlike exp2_each's product: one operation less
-        exp2_each<C, CoarseExp2>(y, broadcast<C>(1));
-      } else {
-        exp2_each<C>(y, to_log2);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) {
-        sum[i % kN] += y[i];
-        if constexpr (mark) y[i] = select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]);
-      }
-      if constexpr (kBFloat16x2)
-        if (joined) {
-#pragma GCC unroll 8
-          for (int i = 0; i < kCount; ++i)
-            if (i / kN % 2 == 0)
-              store(joined + (j / 2 * kN + i / kN / 2 * kN + i % kN) * n,
-                    join(y[i], i + kN < kCount ? y[i + kN] : Vec<C>{}));
-          return;
-        }
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) store(scores + (j * kN + i) * n, y[i]);
-    });
-#pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) store(s.sum + l + v * n, load(s.sum + l + v * n) * load(rescale + v * n) + sum[v]);
   }
 
   template <int kN>

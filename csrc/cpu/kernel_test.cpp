@@ -208,6 +208,16 @@ void test_many_heads(DType dtype) {
     c.Hq = c.Hk * between(1, 9), c.Sq = between(5, 50);
     test(with_random_features(c));
   }
+  // Rows that nothing but their band masks, whole vectors of them: edges of bands, values that are NaN to some of them.
+  for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
+    for (auto [heads, queries] : {std::pair<int64_t, int64_t>{16, 1}, {16, 3}, {24, 2}, {32, 2}, {80, 1}, {64, 3}})
+      for (int64_t D : {8, 33}) {
+        Case c{.dtype = dtype, .B = 3, .Hq = heads, .Hk = 1, .Sq = queries, .Sk = 150, .D = D, .Dv = D + 1};
+        c.layout = layout, c.left = 70, c.right = 0, c.start = 120, c.packed = D == 33, c.lengths = D == 8;
+        Call call(c);
+        call.v.set_row(0, 119, NAN);
+        test(call);
+      }
   // Several chunks of some sequences, of packed and padded ones.
   for (bool packed : {false, true})
     for (int64_t queries : {3, 20}) {

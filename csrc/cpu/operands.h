@@ -257,4 +257,14 @@ HEEDFUL_FN void load_row_operand(E* to, int64_t to_stride, Source<S> from, int64
     load_row_pairs(to, to_stride, from, rows, dim);
 }
 
+// to[x][l] = from[l][x] for x < count; lanes from `lanes` to the stride are zero.
+template <class E>
+HEEDFUL_FN void turn_rows(E* to, int64_t to_stride, Rows<E> from, int64_t count, int64_t lanes) {
+  if constexpr (kDepth<E> == 1)
+    load_tile<E>(to, to_stride, Source<E>{from.data, 1, from.stride}, count, lanes, to_stride, 1);
+  else
+    load_pairs(to, to_stride, Source<BFloat16>{reinterpret_cast<const BFloat16*>(from.data), 1, 2 * from.stride},
+               2 * count, lanes, to_stride);
+}
+
 }  // namespace heedful::HEEDFUL_TARGET

@@ -1,0 +1,78 @@
+// The softmax of queries in vector lanes, over one block of keys after the other: scores become probabilities relative
+// to the largest so far. Those of kN vectors of queries lie [key][kN * n].
+#pragma once
+
+#include "../score/softmax.h"
+#include "operands.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// The largest score of each query.
+template <int kN, class C>
+HEEDFUL_FN void find_tops(const C* scores, int64_t keys, C* tops) {
+  constexpr int n = kLanes<C>;
+  Vec<C> top[kN];
+#pragma GCC unroll 4
+  for (int v = 0; v < kN; ++v) top[v] = broadcast<C>(-kInfinity<C>);
+  for (int64_t j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < kN; ++v) top[v] = maximum(load(scores + (j * kN + v) * n), top[v]);
+#pragma GCC unroll 4
+  for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
+}
+
+// Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones to
+// it, and the queries' sums follow. Distances between scores times `to_log2` are powers of two. With `mark`, absent
+// pairs get -1 instead of 0. Pairs of bfloat16 are joined at once, if `joined` is not null.
+template <int kN, bool mark, class E, class C = Sum<E>>
+HEEDFUL_FN void online_softmax(C* const scores, E* const joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima,
+                               C* sums, C* rescale) {
+  constexpr int n = kLanes<C>;
+  constexpr bool kBFloat16x2 = kDepth<E> == 2;
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+  Vec<C> reference[kN], sum[kN];
+#pragma GCC unroll 4
+  for (int v = 0; v < kN; ++v) {
+    const Vec<C> before = load(maxima + v * n), top = maximum(load(tops + v * n), before);
+    reference[v] = softmax_reference(top, minus_infinity);
+    store(maxima + v * n, top);
+    store(rescale + v * n, exp2<C>(before - reference[v], to_log2));
+    sum[v] = Vec<C>{};
+  }
+  for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
+    constexpr int kCount = rows.value * kN;
+    Vec<C> x[kCount], y[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = load(scores + (j * kN + i) * n);
+      y[i] = x[i] - reference[i % kN];
+    }
+    if constexpr (kBFloat16x2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) y[i] *= to_log2;  // rounded, unlike exp2_each's product: one operation less
+      exp2_each<C, CoarseExp2>(y, broadcast<C>(1));
+    } else {
+      exp2_each<C>(y, to_log2);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      sum[i % kN] += y[i];
+      if constexpr (mark) y[i] = select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]);
+    }
+    if constexpr (kBFloat16x2)
+      if (joined) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i)
+          if (i / kN % 2 == 0)
+            store(joined + (j / 2 * kN + i / kN / 2 * kN + i % kN) * n,
+                  join(y[i], i + kN < kCount ? y[i + kN] : Vec<C>{}));
+        return;
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) store(scores + (j * kN + i) * n, y[i]);
+  });
+#pragma GCC unroll 4
+  for (int v = 0; v < kN; ++v) store(sums + v * n, load(sums + v * n) * load(rescale + v * n) + sum[v]);
+}
+
+}  // namespace heedful::HEEDFUL_TARGET
