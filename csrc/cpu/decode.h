@@ -1,16 +1,12 @@
 // Attention forward of few queries over many keys (decoding): the time is that of reading K and V, which happens once
 // for all query heads that share them. A task is one chunk of keys of one key/value head; its rows are the queries of
-// every head of the group, or of some where there are many. K and V are read row by row, where they lie, with the head
-// dim in vector lanes:
+// every head of the group, or of some where there are many. O is rescaled when a row's maximum rises.
 //
-//   S[row][key]  = sum_d   Q[row][d] * K[key][d]       kPairs at a time, whose lanes are added up together
-//   O[row][d]   += sum_key P[row][key] * V[key][d]     rescaled when a row's maximum rises
-//
-// Many rows go by the microkernel, for which keys are turned into lanes and half types widened once.
+// Few rows have the head dim in vector lanes (few_rows.h). Many go by the microkernel, for which half types are widened
+// once: they lie in lanes themselves, as in the forward kernel, where nothing but the band masks them; else keys do.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
-// of keys in the second. Few rows take them from memory as they lie, but for pairs of keys, which are made in
-// registers.
+// of keys in the second.
 //
 // Phases: 1. O, maximum and sum of each chunk;  2. the chunks joined, in order, where there are several. Chunks are cut
 // at multiples of kChunk, so that they depend on the sequence alone.
@@ -18,6 +14,7 @@
 
 #include "ahead.h"
 #include "embedding.h"
+#include "few_rows.h"
 #include "kernels.h"
 #include "microkernel.h"
 #include "online_softmax.h"
@@ -32,10 +29,9 @@ struct Decode {
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
+  static constexpr int64_t kSpan = 1024;       // keys that are scored at once where memory is read in order
   static constexpr int64_t kManyRows = 16, kMostRows = 64;  // of a task
-  // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
-  // registers. What is loaded of K and V serves up to four rows.
-  static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
+  using Few = FewRows<S, E>;
 
   // Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
   static constexpr int64_t kFewQueries = kVectors * n * 3 / 4;
@@ -109,7 +105,7 @@ struct Decode {
     const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
     s->q_lanes = most_rows(p) < kManyRows ? nullptr : carve.take<E>(lanes * terms<E>(p.D));
-    s->scores = carve.take<C>(lanes * kKeys);
+    s->scores = carve.take<C>(most(lanes * kKeys, least<int64_t>(Few::kInOrder, most_rows(p)) * kSpan));
     if constexpr (kBFloat16x2)
       s->weights = carve.take<E>(lanes * kWeights);
     else
@@ -170,15 +166,17 @@ struct Decode {
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
     const bool only = own_chunks(band) == 1;
+    const int64_t heads = least(most_heads, heads_per_group(p) - g), rows = heads * band.queries;
     const Decode d{p,
                    band,
                    s,
                    only ? s.only : partial(p, band, b, hk, part, chunk),
+                   Few{rows, k_in_place(p, rows) && in_place(p.v, p.Dv, rows) && Few::reads_in_order(p, rows)},
                    b,
                    hk,
                    chunk,
                    hk * heads_per_group(p) + g,
-                   least(most_heads, heads_per_group(p) - g)};
+                   heads};
     d.attend(false);
     // As in the forward kernel: a masked V_j that is not finite shows in the result.
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
@@ -192,9 +190,10 @@ struct Decode {
   const Band band;
   const Scratch s;
   const Partial part;
+  const Few few_rows;
   const int64_t b, hk, chunk, first_head, heads;
 
-  int64_t rows() const { return heads * band.queries; }
+  int64_t rows() const { return few_rows.rows; }
 
   void attend(bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
@@ -208,12 +207,15 @@ struct Decode {
     const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
     if (first >= end) return;
     load_queries();
-    const bool lanes = lie_in_lanes(p, band.queries);
+    const bool lanes = lie_in_lanes(p, band.queries), in_spans = few_rows.in_order && !s.parts.words;
     if (lanes) turn_queries();
-    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += kKeys) {
-      const int64_t j1 = least(j0 + kKeys, end);
+    const int64_t step = in_spans ? kSpan : kKeys;
+    for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += step) {
+      const int64_t j1 = least(j0 + step, end);
       if (lanes)
         attend_block_in_lanes(j0, j1, careful);
+      else if (in_spans)
+        attend_span(j0, j1, careful);
       else
         attend_block(j0, j1, careful);
     }
@@ -239,36 +241,50 @@ struct Decode {
     });
   }
 
-  // Keys [j0, j1) of one tile of a block mask.
+  // Keys [j0, j1) of several blocks, whose results are the same as one by one.
+  void attend_span(int64_t j0, int64_t j1, bool careful) const {
+    score_keys(j0, j1, kSpan);
+    for (int64_t j = j0; j < j1; j += kKeys) finish_block(j, least(j + kKeys, j1), s.scores + (j - j0), kSpan, careful);
+  }
+
+  // Those of one tile of a block mask.
   void attend_block(int64_t j0, int64_t j1, bool careful) const {
-    const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
-    const auto tile_of = [&](int64_t g) { return Tile{b, first_head + g, 0, queries, j0, j1}; };
     // Without masks of their own, all heads see the same.
-    const bool masked = s.parts.words;
-    bool any = !masked;
+    bool any = !s.parts.words;
     for (int64_t g = 0; !any && g < heads; ++g) {
-      Tile tile = tile_of(g);
+      Tile tile = tile_of(g, j0, j1);
       any = find_masks(p, InLanes::keys, s.parts.words, &tile);
     }
     if (!any) return;
-    score_keys(j0, j1);
-    const bool plain = !masked && is_plain<E>(p, band, tile_of(0));
+    score_keys(j0, j1, kKeys);
+    finish_block(j0, j1, s.scores, kKeys, careful);
+  }
+  Tile tile_of(int64_t g, int64_t j0, int64_t j1) const { return {b, first_head + g, 0, band.queries, j0, j1}; }
+
+  // From a block's products to O; a row of them has `stride` numbers.
+  void finish_block(int64_t j0, int64_t j1, C* scores, int64_t stride, bool careful) const {
+    const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
+    const bool plain = !s.parts.words && is_plain<E>(p, band, tile_of(0, j0, j1));
     for (int64_t g = 0; !plain && g < heads; ++g) {
-      Tile tile = tile_of(g);
+      Tile tile = tile_of(g, j0, j1);
       const bool empty = !find_masks(p, InLanes::keys, s.parts.words, &tile);
-      finish_scores(tile, empty, s.scores + g * queries * kKeys, width);
+      finish_scores(tile, empty, scores + g * queries * stride, stride, width);
     }
-    probabilities(keys, width, careful);
+    probabilities(scores, stride, keys, width, careful);
     for (int64_t g = 0; s.parts.keep && g < heads; ++g) {
-      load_keep<InLanes::keys>(s.parts.keep, width, p, tile_of(g));
-      drop(s.scores + g * queries * kKeys, kKeys, s.parts.keep, width, queries);
+      load_keep<InLanes::keys>(s.parts.keep, width, p, tile_of(g, j0, j1));
+      drop(scores + g * queries * stride, stride, s.parts.keep, width, queries);
     }
-    if constexpr (kBFloat16x2) join_lanes(s.weights, kWeights, s.scores, kKeys, rows(), keys);
+    Rows<E> weights{s.weights, kWeights};
+    if constexpr (kBFloat16x2)
+      join_lanes(s.weights, kWeights, scores, stride, rows(), keys);
+    else
+      weights = {scores, stride};
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
-    if (in_place(p.v, p.Dv, rows())) return add_values(Rows<S>{v.data, v.row_stride}, j0, keys, careful);
+    if (in_place(p.v, p.Dv, rows())) return add_values(weights, Rows<S>{v.data, v.row_stride}, j0, keys, careful);
     load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
-    add_values(Rows<E>{s.v, dim}, j0, keys, careful);
+    add_values(weights, Rows<E>{s.v, dim}, j0, keys, careful);
   }
 
   void attend_block_in_lanes(int64_t j0, int64_t j1, bool careful) const {
@@ -336,111 +352,49 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Whether memory is read from its first byte to its last, with little to do for each: then the processor fetches what
-  // follows, a quarter faster than it could be asked to.
-  static constexpr int kInOrder = 2;
-  bool reads_in_order() const {
-    return rows() <= kInOrder && p.k.stride[2] == p.D && p.v.stride[2] == p.Dv && p.Dv % n == 0 &&
-           in_one_step(p.Dv / n, rows());
-  }
-
-  // Else rows that are needed soon, of the block from key j0 on, come meanwhile.
+  // Rows that are needed soon, of the block from key j0 on; what is read in order comes by itself.
   RowsAhead block_ahead(const View& view, int64_t dim, int64_t j0) const {
-    if (j0 >= band.keys || reads_in_order()) return {};
+    if (j0 >= band.keys || few_rows.in_order) return {};
     return ahead_of<S>(view, band.batch, hk, band.k_row + j0, least(band.keys - j0, kKeys), dim);
   }
 
   // ---- scores
 
   // Meanwhile the keys' values come.
-  void score_keys(int64_t j0, int64_t j1) const {
+  void score_keys(int64_t j0, int64_t j1, int64_t stride) const {
     const int64_t dim = row_terms(p), keys = j1 - j0, width = padded<C>(keys);
     const Source<S> k = source(p.k, j0);
     const RowsAhead values = block_ahead(p.v, p.Dv, j0);
     if (turns_keys(p, rows())) {
       load_operand<E>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width);
       embed_lanes(p, Role::key, s.k, width, C(1));
-      return multiply_meanwhile<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, kKeys, width,
+      return multiply_meanwhile<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, stride, width,
                                                            s.scores, embedded_dim(p), values);
     }
-    if (k_in_place(p, rows())) {
-      if constexpr (kBFloat16x2)
-        return score_rows(Rows<E>{reinterpret_cast<const E*>(k.data), k.row_stride / 2}, keys, values);
-      else
-        return score_rows(Rows<S>{k.data, k.row_stride}, keys, values);
-    }
-    load_row_operand(s.k, dim, k, keys, p.D);
-    score_rows(Rows<E>{s.k, dim}, keys, values);
-  }
-
-  template <class T>
-  HEEDFUL_CALLED void score_rows(const Rows<T>& k, int64_t keys, const RowsAhead& values_ahead) const {
-    const bool in_order = reads_in_order();
-    const int64_t together = rows() >= 4 ? kPairs / 4 : kPairs / rows();
-    Ahead values(values_ahead, {}, (keys + together - 1) / together * (row_terms(p) / n));
-    for (int64_t j = 0; j < keys; j += kPairs) {
-      const int64_t end = least<int64_t>(j + kPairs, keys);
-      int64_t r = 0;
-      for (; r + 4 <= rows(); r += 4) score_step<4>(k, r, j, end, in_order, values);
-      if (r + 2 <= rows()) score_step<2>(k, r, j, end, in_order, values), r += 2;
-      if (r < rows()) score_step<1>(k, r, j, end, in_order, values);
-    }
-  }
-
-  // Rows [r, r + kR) with the block's keys [j, end); scores of keys past the end are taken out later.
-  template <int kR, class T>
-  HEEDFUL_FN void score_step(const Rows<T>& k, int64_t r, int64_t j, int64_t end, bool in_order, Ahead& values) const {
-    constexpr int kJ = kPairs / kR;
-    const int64_t dim = row_terms(p), present = terms<E>(p.D);
-    for (; j < end; j += kJ) {
-      const T* key[kJ];
-#pragma GCC unroll 16
-      for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
-      const E* q = s.q + r * dim;
-      Vec<C> sum[kPairs];
-#pragma GCC unroll 16
-      for (int x = 0; x < kPairs; ++x) sum[x] = Vec<C>{};
-      const auto add_product = [&](int i, int64_t d, Vec<E> x) {
-#pragma GCC unroll 4
-        for (int row = 0; row < kR; ++row)
-          sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x, load(q + row * dim + d));
-      };
-      if (kR <= kInOrder && in_order) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kJ; ++i)
-          for (int64_t d = 0; d < dim; d += n) add_product(i, d, load_first<E>(key[i] + d, present - d));
-      } else {
-        for (int64_t d = 0; d < dim; d += n) {
-          Vec<E> x[kJ];
-#pragma GCC unroll 16
-          for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
-#pragma GCC unroll 16
-          for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
-          if (r == 0) values.step();  // after the step's own loads, which would wait behind it
-        }
-      }
-      C scores[kPairs];
-#pragma GCC unroll 8
-      for (int x = 0; x < kPairs; x += n) store(scores + x, sum_each<C>(sum + x));
-#pragma GCC unroll 4
-      for (int row = 0; row < kR; ++row)
-        __builtin_memcpy(s.scores + (r + row) * kKeys + j, scores + row * kJ, kJ * sizeof(C));
+    const auto score = [&](const auto& rows) { few_rows.score(s.scores, stride, s.q, dim, p.D, rows, keys, values); };
+    if (!k_in_place(p, rows())) {
+      load_row_operand(s.k, dim, k, keys, p.D);
+      score(Rows<E>{s.k, dim});
+    } else if constexpr (kBFloat16x2) {
+      score(Rows<E>{reinterpret_cast<const E*>(k.data), k.row_stride / 2});
+    } else {
+      score(Rows<S>{k.data, k.row_stride});
     }
   }
 
   // Products of one head's rows become scores.
-  void finish_scores(const Tile& t, bool empty, C* scores, int64_t width) const {
+  void finish_scores(const Tile& t, bool empty, C* scores, int64_t stride, int64_t width) const {
     if (empty) {
-      for (int64_t x = 0; x < band.queries * kKeys; ++x) scores[x] = -kInfinity<C>;
+      for (int64_t x = 0; x < band.queries * stride; ++x) scores[x] = -kInfinity<C>;
     } else if (!is_plain<E>(p, band, t)) {
       if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
-      apply_scores<InLanes::keys, E>(p, band, t, scores, kKeys, width, s.parts, s.parts.distances);
+      apply_scores<InLanes::keys, E>(p, band, t, scores, stride, width, s.parts, s.parts.distances);
     }
   }
 
   // Scores become probabilities relative to the new maxima, and O's rows follow. What is done once for each row is done
   // for a vector of rows: one by one they would wait for their own results.
-  HEEDFUL_CALLED void probabilities(int64_t keys, int64_t width, bool careful) const {
+  HEEDFUL_CALLED void probabilities(C* scores, int64_t stride, int64_t keys, int64_t width, bool careful) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     for (int64_t r = 0; r < rows(); r += n) {
       const int64_t count = least<int64_t>(rows() - r, n);
@@ -448,7 +402,7 @@ struct Decode {
       alignas(64) C reference[n], rescale[n];
       for (int64_t i = 0; i < n; ++i) each[i] = minus_infinity;
       for (int64_t i = 0; i < count; ++i) {
-        C* x = s.scores + (r + i) * kKeys;
+        C* x = scores + (r + i) * stride;
         for (int64_t j = keys; j < width; ++j) x[j] = -kInfinity<C>;
         Vec<C> top = minus_infinity;
         for (int64_t j = 0; j < width; j += n) top = maximum(load(x + j), top);
@@ -463,7 +417,7 @@ struct Decode {
       if (any(highest != before)) rescale_rows(r, count, rescale);
       for (int64_t i = 0; i < n; ++i) each[i] = Vec<C>{};
       for (int64_t i = 0; i < count; ++i) {
-        C* x = s.scores + (r + i) * kKeys;
+        C* x = scores + (r + i) * stride;
         const Vec<C> from = broadcast<C>(reference[i]);
         Vec<C> sum = {};
         for (int64_t j = 0; j < width; j += n) {
@@ -490,87 +444,15 @@ struct Decode {
 
   // Meanwhile the next block's keys come.
   template <class T>
-  HEEDFUL_CALLED void add_values(const Rows<T>& v, int64_t j0, int64_t keys, bool careful) const {
-    if (careful) return add_values_carefully(v, keys, s.weights, kWeights, 1, part.out, rows());
-    const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
+  void add_values(const Rows<E>& weights, const Rows<T>& v, int64_t j0, int64_t keys, bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
+    if (careful) return add_values_carefully(v, keys, weights.data, weights.stride, 1, part.out, rows());
+    const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
     if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
-        return multiply_meanwhile<Onto::c, E, Unit::k>({s.weights, kWeights}, 0, rows(), v.data, v.stride, part.out,
-                                                       dim, dim, part.out, keys, keys_ahead);
-    // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
-    // widened they serve four.
-    constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
-    const int64_t together = least<int64_t>(kTogether, rows()), vectors = kPairs / together;
-    const int64_t passes = (rows() + together - 1) / together * ((dim / n + vectors - 1) / vectors);
-    Ahead next(keys_ahead, {}, passes * terms<E>(keys));
-    int64_t r = 0;
-    for (; r + 4 <= rows(); r += kTogether) add_values_to<kTogether>(v, keys, r, 0, next);
-    if (r + 2 <= rows()) add_values_to<2>(v, keys, r, 0, next), r += 2;
-    if (r < rows()) add_values_to<1>(v, keys, r, 0, next);
-  }
-
-  // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then the next smaller step's.
-  template <int kR, int kV = kPairs / kR, class T>
-  HEEDFUL_FN void add_values_to(const Rows<T>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
-    for (; d + kV * n <= p.Dv; d += kV * n) add_values_step<kR, kV>(v, keys, r, d, next);
-    if (d == p.Dv) return;
-    if constexpr (kV > 1)
-      add_values_to<kR, smaller_step(kR, kV)>(v, keys, r, d, next);
-    else
-      add_values_step<kR, 1>(v, keys, r, d, next);
-  }
-  // Up to 128 floats at D = 80, 96 and so on are one step of those that are read in order; pairs come two by two.
-  static constexpr int smaller_step(int rows, int vectors) {
-    return rows > kInOrder || vectors > 8 || vectors <= 2 ? vectors / 2 : vectors - (kBFloat16x2 ? 2 : 1);
-  }
-  static bool in_one_step(int64_t vectors, int64_t rows) {
-    int step = int(kPairs / rows);
-    while (step > vectors) step = smaller_step(int(rows), step);
-    return step == vectors;
-  }
-
-  template <int kR, int kV, class T>
-  HEEDFUL_FN void add_values_step(const Rows<T>& v, int64_t keys, int64_t r, int64_t d, Ahead& next) const {
-    const int64_t dim = padded<C>(p.Dv);
-    Vec<C> sum[kR][kV];
-#pragma GCC unroll 4
-    for (int row = 0; row < kR; ++row)
-#pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
-    const E* weight = s.weights + r * kWeights;
-    Ahead meanwhile = next;  // in registers
-    for (int64_t j = 0; j < terms<E>(keys); ++j) {
-      Vec<E> x[kV];
-      load_values(x, v, j, keys, d);
-#pragma GCC unroll 4
-      for (int row = 0; row < kR; ++row) {
-        const Vec<E> y = broadcast_element(weight + row * kWeights + j);
-#pragma GCC unroll 16
-        for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
-      }
-      meanwhile.step();
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < kR; ++row) {
-      C* to = part.out + (r + row) * dim + d;
-#pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
-    }
-    next = meanwhile;
-  }
-
-  // Element j along the keys, of numbers d and on: whole vectors, or what there is of a single one.
-  template <int kV, class T>
-  HEEDFUL_FN void load_values(Vec<E> (&x)[kV], const Rows<T>& v, int64_t j, int64_t keys, int64_t d) const {
-    if constexpr (kBFloat16x2 && sizeof(T) < sizeof(E)) {
-      const T *first = v.data + 2 * j * v.stride + d, *second = 2 * j + 1 < keys ? first + v.stride : nullptr;
-      load_pairs_of_rows(x, first, second, p.Dv - d);
-    } else {
-      const T* row = v.data + j * v.stride + d;
-#pragma GCC unroll 16
-      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(row + i * n, E()) : load_first<E>(row, p.Dv - d);
-    }
+        return multiply_meanwhile<Onto::c, E, Unit::k>({weights.data, weights.stride}, 0, rows(), v.data, v.stride,
+                                                       part.out, dim, dim, part.out, keys, keys_ahead);
+    few_rows.add_values(part.out, p.Dv, weights, v, keys, keys_ahead);
   }
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
@@ -583,7 +465,7 @@ struct Decode {
         Vec<C> sum = {};
         for (int64_t j = 0; j < terms<E>(keys); ++j) {
           Vec<E> x[1];
-          load_values(x, v, j, keys, d);
+          Few::load_values(x, v, j, keys, d, p.Dv);
           const Vec<E> weight = broadcast_element(weights + r * row_stride + j * key_stride);
           sum = multiply_add<E>(sum, where_unmarked<E>(x[0], weight), weight);
         }

@@ -218,6 +218,14 @@ void test_many_heads(DType dtype) {
         call.v.set_row(0, 119, NAN);
         test(call);
       }
+  // One or two rows, of memory that is read in order, a span of many blocks at a time.
+  for (int64_t heads : {1, 2}) {
+    const Case c{.dtype = dtype, .B = 1, .Hq = heads, .Hk = 1, .Sq = 1, .Sk = 1130, .D = 16, .Dv = 16, .start = 1129};
+    for (const Case& x : features_of(c)) test(x);
+    Case window = c, ends = c;
+    window.left = 1100, window.right = 0, ends.lengths = ends.packed = true;
+    test(window), test(ends);
+  }
   // Several chunks of some sequences, of packed and padded ones.
   for (bool packed : {false, true})
     for (int64_t queries : {3, 20}) {

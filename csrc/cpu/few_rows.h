@@ -1,0 +1,179 @@
+// The two products of decoding with few rows, of q and of probabilities. K and V are read where they lie, row by row,
+// with the head dim in vector lanes:
+//
+//   S[row][key]  = sum_d   Q[row][d] * K[key][d]       kPairs at a time, whose lanes are added up together
+//   O[row][d]   += sum_key P[row][key] * V[key][d]
+//
+// Pairs of bfloat16 (operands.h) are of D in the first product; those of keys, in the second, are made in registers.
+#pragma once
+
+#include "ahead.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+template <class S, class E>
+struct FewRows {
+  using C = Sum<E>;
+  static constexpr int n = kLanes<C>;
+  static constexpr bool kBFloat16x2 = kDepth<E> == 2;
+  // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
+  // registers. What is loaded of K and V serves up to four rows.
+  static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
+
+  int64_t rows;
+  bool in_order;
+
+  // Whether rows in place are read from the first byte to the last, with little to do for each: then the processor
+  // fetches what follows, a quarter faster than it could be asked to. Keys of a span are scored before their values are
+  // added up: each time that it is to read elsewhere, it loses some 30 lines.
+  static constexpr int kInOrder = 2;
+  static bool reads_in_order(const Problem& p, int64_t rows) {
+    return rows > 0 && rows <= kInOrder && p.k.stride[2] == p.D && p.v.stride[2] == p.Dv && p.Dv % n == 0 &&
+           in_one_step(p.Dv / n, rows);
+  }
+
+  // ---- scores
+
+  // scores[row * stride + key] of the rows of q; `numbers` is D, and a row of q has `dim` elements. Meanwhile other
+  // rows come. Up to kPairs scores past the last are written.
+  template <class T>
+  HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
+                            int64_t keys, const RowsAhead& meanwhile) const {
+    const int64_t together = rows >= 4 ? kPairs / 4 : kPairs / rows;
+    Ahead ahead(meanwhile, {}, (keys + together - 1) / together * (dim / n));
+    for (int64_t j = 0; j < keys; j += kPairs) {
+      const int64_t end = least<int64_t>(j + kPairs, keys);
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4) score_step<4>(scores, stride, q, dim, numbers, k, r, j, end, ahead);
+      if (r + 2 <= rows) score_step<2>(scores, stride, q, dim, numbers, k, r, j, end, ahead), r += 2;
+      if (r < rows) score_step<1>(scores, stride, q, dim, numbers, k, r, j, end, ahead);
+    }
+  }
+
+  // Rows [r, r + kR) with the block's keys [j, end).
+  template <int kR, class T>
+  HEEDFUL_FN void score_step(C* scores, int64_t stride, const E* q_rows, int64_t dim, int64_t numbers, const Rows<T>& k,
+                             int64_t r, int64_t j, int64_t end, Ahead& ahead) const {
+    constexpr int kJ = kPairs / kR;
+    const int64_t present = terms<E>(numbers);
+    for (; j < end; j += kJ) {
+      const T* key[kJ];
+#pragma GCC unroll 16
+      for (int i = 0; i < kJ; ++i) key[i] = k.data + least(j + i, end - 1) * k.stride;
+      const E* q = q_rows + r * dim;
+      Vec<C> sum[kPairs];
+#pragma GCC unroll 16
+      for (int x = 0; x < kPairs; ++x) sum[x] = Vec<C>{};
+      const auto add_product = [&](int i, int64_t d, Vec<E> x) {
+#pragma GCC unroll 4
+        for (int row = 0; row < kR; ++row)
+          sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x, load(q + row * dim + d));
+      };
+      if (kR <= kInOrder && in_order) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kJ; ++i)
+          for (int64_t d = 0; d < dim; d += n) add_product(i, d, load_first<E>(key[i] + d, present - d));
+      } else {
+        for (int64_t d = 0; d < dim; d += n) {
+          Vec<E> x[kJ];
+#pragma GCC unroll 16
+          for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
+#pragma GCC unroll 16
+          for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
+          if (r == 0) ahead.step();  // after the step's own loads, which would wait behind it
+        }
+      }
+      C sums[kPairs];
+#pragma GCC unroll 8
+      for (int x = 0; x < kPairs; x += n) store(sums + x, sum_each<C>(sum + x));
+#pragma GCC unroll 4
+      for (int row = 0; row < kR; ++row)
+        __builtin_memcpy(scores + (r + row) * stride + j, sums + row * kJ, kJ * sizeof(C));
+    }
+  }
+
+  // ---- values
+
+  // out[row][d] += sum of the keys; a row of `out` has padded Dv numbers. Meanwhile other rows come.
+  template <class T>
+  HEEDFUL_CALLED void add_values(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys,
+                                 const RowsAhead& meanwhile) const {
+    // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
+    // widened they serve four.
+    constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
+    const int64_t together = least<int64_t>(kTogether, rows), vectors = kPairs / together;
+    const int64_t passes = (rows + together - 1) / together * ((padded<C>(numbers) / n + vectors - 1) / vectors);
+    Ahead ahead(meanwhile, {}, passes * terms<E>(keys));
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += kTogether) add_steps<kTogether>(out, numbers, weights, v, keys, r, 0, ahead);
+    if (r + 2 <= rows) add_steps<2>(out, numbers, weights, v, keys, r, 0, ahead), r += 2;
+    if (r < rows) add_steps<1>(out, numbers, weights, v, keys, r, 0, ahead);
+  }
+
+  // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then the next smaller step's.
+  template <int kR, int kV = kPairs / kR, class T>
+  HEEDFUL_FN void add_steps(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,
+                            int64_t d, Ahead& ahead) const {
+    for (; d + kV * n <= numbers; d += kV * n) add_step<kR, kV>(out, numbers, weights, v, keys, r, d, ahead);
+    if (d == numbers) return;
+    if constexpr (kV > 1)
+      add_steps<kR, smaller_step(kR, kV)>(out, numbers, weights, v, keys, r, d, ahead);
+    else
+      add_step<kR, 1>(out, numbers, weights, v, keys, r, d, ahead);
+  }
+  // Up to 128 floats at D = 80, 96 and so on are one step of those that are read in order; pairs come two by two.
+  static constexpr int smaller_step(int rows, int vectors) {
+    return rows > kInOrder || vectors > 8 || vectors <= 2 ? vectors / 2 : vectors - (kBFloat16x2 ? 2 : 1);
+  }
+  static bool in_one_step(int64_t vectors, int64_t rows) {
+    int step = int(kPairs / rows);
+    while (step > vectors) step = smaller_step(int(rows), step);
+    return step == vectors;
+  }
+
+  template <int kR, int kV, class T>
+  HEEDFUL_FN void add_step(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,
+                           int64_t d, Ahead& ahead) const {
+    Vec<C> sum[kR][kV];
+#pragma GCC unroll 4
+    for (int row = 0; row < kR; ++row)
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
+    const E* weight = weights.data + r * weights.stride;
+    Ahead meanwhile = ahead;  // in registers
+    for (int64_t j = 0; j < terms<E>(keys); ++j) {
+      Vec<E> x[kV];
+      load_values(x, v, j, keys, d, numbers);
+#pragma GCC unroll 4
+      for (int row = 0; row < kR; ++row) {
+        const Vec<E> y = broadcast_element(weight + row * weights.stride + j);
+#pragma GCC unroll 16
+        for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
+      }
+      meanwhile.step();
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kR; ++row) {
+      C* to = out + (r + row) * padded<C>(numbers) + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
+    }
+    ahead = meanwhile;
+  }
+
+  // Element j along the keys, of numbers d and on: whole vectors, or what there is of a single one.
+  template <int kV, class T>
+  HEEDFUL_FN static void load_values(Vec<E> (&x)[kV], const Rows<T>& v, int64_t j, int64_t keys, int64_t d,
+                                     int64_t numbers) {
+    if constexpr (kBFloat16x2 && sizeof(T) < sizeof(E)) {
+      const T *first = v.data + 2 * j * v.stride + d, *second = 2 * j + 1 < keys ? first + v.stride : nullptr;
+      load_pairs_of_rows(x, first, second, numbers - d);
+    } else {
+      const T* row = v.data + j * v.stride + d;
+#pragma GCC unroll 16
+      for (int i = 0; i < kV; ++i) x[i] = kV > 1 ? load_as(row + i * n, E()) : load_first<E>(row, numbers - d);
+    }
+  }
+};
+
+}  // namespace heedful::HEEDFUL_TARGET
