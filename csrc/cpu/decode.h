@@ -291,11 +291,8 @@ struct Decode {
     const int64_t keys = j1 - j0, lanes = padded<C>(rows()), dim = padded<C>(p.Dv);
     score_lanes(j0, j1, careful);
     const Source<S> v = source(p.v, j0);
-    Rows<E> values{s.v, dim};
-    if (s.v)
-      load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
-    else
-      values = {reinterpret_cast<const E*>(v.data), v.row_stride};
+    if (s.v) load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
+    const Rows<E> values = s.v ? Rows<E>{s.v, dim} : in_memory<E>(v);
     for_each_panel<C>(lanes, [&](int64_t l, auto vectors) {
       constexpr int width = vectors.value * n;
       const E* weights = s.weights + l * kWeights;
@@ -311,11 +308,9 @@ struct Decode {
   HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0;
     const Source<S> from = source(p.k, j0);
-    Rows<E> k{reinterpret_cast<const E*>(from.data), from.row_stride / kDepth<E>};
-    if (!lanes_read_k_in_place(p)) {
-      load_row_operand(s.k, row_terms(p), from, keys, p.D);
-      k = {s.k, row_terms(p)};
-    }
+    const bool in_place = lanes_read_k_in_place(p);
+    if (!in_place) load_row_operand(s.k, row_terms(p), from, keys, p.D);
+    const Rows<E> k = in_place ? in_memory<E>(from) : Rows<E>{s.k, row_terms(p)};
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
       constexpr int kN = vectors.value, width = kN * n;
@@ -376,7 +371,7 @@ struct Decode {
       load_row_operand(s.k, dim, k, keys, p.D);
       score(Rows<E>{s.k, dim});
     } else if constexpr (kBFloat16x2) {
-      score(Rows<E>{reinterpret_cast<const E*>(k.data), k.row_stride / 2});
+      score(in_memory<E>(k));
     } else {
       score(Rows<S>{k.data, k.row_stride});
     }

@@ -184,7 +184,7 @@ struct Forward {
   // Keys [j0, j1): elements along each row.
   Rows<E> key_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.k, j0);
-    if (!s.k) return {reinterpret_cast<const E*>(from.data), from.row_stride / kDepth<E>};
+    if (!s.k) return in_memory<E>(from);
     const int64_t width = kBFloat16x2 ? terms<E>(p.D) : padded<C>(embedded_dim(p));
     load_row_operand(s.k, width, from, j1 - j0, p.D);
     embed_rows(p, Role::key, s.k, width, j1 - j0, C(1));
@@ -194,13 +194,14 @@ struct Forward {
   Rows<E> value_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.v, j0);
     const int64_t width = padded<C>(p.Dv);
-    if constexpr (kBFloat16x2) {
-      if (!s.v) return {shared_values(p, band, b, kv_head(), j0), width};
-      load_pairs(s.v, width, from, j1 - j0, p.Dv, width);
+    if (s.v) {
+      load_operand(s.v, width, from, j1 - j0, p.Dv, width);
       return {s.v, width};
-    } else {
-      return load_rows<C>(s.v, from, j1 - j0, p.Dv, width);
     }
+    if constexpr (kBFloat16x2)
+      return {shared_values(p, band, b, kv_head(), j0), width};
+    else
+      return in_memory<E>(from);
   }
 
   struct Panel {

@@ -232,6 +232,11 @@ HEEDFUL_FN void load_operand(E* to, int64_t to_stride, Source<S> from, int64_t r
 HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
   return rows.stride[3] == 1 && dim % 2 == 0 && rows.stride[2] % 2 == 0;
 }
+// Rows that lie in memory as an operand does, where they lie.
+template <class E, class S>
+HEEDFUL_FN Rows<E> in_memory(Source<S> rows) {
+  return {reinterpret_cast<const E*>(rows.data), rows.row_stride / kDepth<E>};
+}
 
 // to[r][d] = (from(r, 2 d), from(r, 2 d + 1)), a pair of an odd number's with zero; zeros up to the stride.
 HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows,
