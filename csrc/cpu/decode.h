@@ -3,7 +3,8 @@
 // every head of the group, or of some where there are many. O is rescaled when a row's maximum rises.
 //
 // Few rows have the head dim in vector lanes (few_rows.h). Many go by the microkernel, for which half types are widened
-// once: they lie in lanes themselves, as in the forward kernel, where nothing but the band masks them; else keys do.
+// once: they lie in lanes themselves, as in the forward kernel, where nothing but the band changes their scores; else
+// keys do, as they do where rows are made of q and k (embedding.h).
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h): of D in the first product,
 // of keys in the second.
@@ -131,12 +132,10 @@ struct Decode {
   static bool k_in_place(const Problem& p, int64_t rows) {
     return in_place(p.k, p.D, rows) && !turns_keys(p, rows) && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
   }
-  static bool lanes_read_k_in_place(const Problem& p) {
-    return sizeof(S) * kDepth<E> == sizeof(E) && p.k.stride[3] == 1 && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
-  }
 
-  // Many rows that nothing but the band masks lie in lanes, as queries do in the forward kernel: keys are read where
-  // they lie, and maxima need no shuffles. It must not depend on the rows of one task.
+  // Many rows lie in lanes, as queries do in the forward kernel, where nothing but the band changes their scores and
+  // the group's fill whole vectors: keys are read where they lie, and maxima need no shuffles. It must not depend on
+  // the rows of one task.
   static bool lie_in_lanes(const Problem& p, int64_t queries) {
     const int64_t rows = heads_per_group(p) * queries;
     return rows >= kManyRows && rows % n == 0 && p.similarity == Similarity::dot && !scales_products<E>(p) &&
@@ -167,11 +166,14 @@ struct Decode {
     carve(p, static_cast<char*>(scratch), &s);
     const bool only = own_chunks(band) == 1;
     const int64_t heads = least(most_heads, heads_per_group(p) - g), rows = heads * band.queries;
+    const bool in_lanes = lie_in_lanes(p, band.queries);
+    const bool in_order = !in_lanes && k_in_place(p, rows) && in_place(p.v, p.Dv, rows) && Few::reads_in_order(p, rows);
     const Decode d{p,
                    band,
                    s,
                    only ? s.only : partial(p, band, b, hk, part, chunk),
-                   Few{rows, k_in_place(p, rows) && in_place(p.v, p.Dv, rows) && Few::reads_in_order(p, rows)},
+                   Few{rows, in_order},
+                   in_lanes,
                    b,
                    hk,
                    chunk,
@@ -191,6 +193,7 @@ struct Decode {
   const Scratch s;
   const Partial part;
   const Few few_rows;
+  const bool in_lanes;
   const int64_t b, hk, chunk, first_head, heads;
 
   int64_t rows() const { return few_rows.rows; }
@@ -207,12 +210,12 @@ struct Decode {
     const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
     if (first >= end) return;
     load_queries();
-    const bool lanes = lie_in_lanes(p, band.queries), in_spans = few_rows.in_order && !s.parts.words;
-    if (lanes) turn_queries();
+    const bool in_spans = few_rows.in_order && !s.parts.words;
+    if (in_lanes) turn_queries();
     const int64_t step = in_spans ? kSpan : kKeys;
     for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += step) {
       const int64_t j1 = least(j0 + step, end);
-      if (lanes)
+      if (in_lanes)
         attend_block_in_lanes(j0, j1, careful);
       else if (in_spans)
         attend_span(j0, j1, careful);
@@ -308,9 +311,9 @@ struct Decode {
   HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0;
     const Source<S> from = source(p.k, j0);
-    const bool in_place = lanes_read_k_in_place(p);
-    if (!in_place) load_row_operand(s.k, row_terms(p), from, keys, p.D);
-    const Rows<E> k = in_place ? in_memory<E>(from) : Rows<E>{s.k, row_terms(p)};
+    const bool lie = lie_as_operand<E, S>(p.k, p.D);
+    if (!lie) load_row_operand(s.k, row_terms(p), from, keys, p.D);
+    const Rows<E> k = lie ? in_memory<E>(from) : Rows<E>{s.k, row_terms(p)};
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
       constexpr int kN = vectors.value, width = kN * n;
@@ -326,10 +329,7 @@ struct Decode {
         find_tops<kN, C>(scores, keys, top);
       }
       E* joined = kBFloat16x2 ? weights : nullptr;
-      if (careful)
-        online_softmax<kN, true, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale);
-      else
-        online_softmax<kN, false, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale);
+      online_softmax<kN, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale, careful);
       rescale_rows(l, least<int64_t>(rows() - l, width), rescale);
     });
   }
@@ -366,7 +366,9 @@ struct Decode {
       return multiply_meanwhile<Onto::nothing, E, Unit::k>({s.q, dim}, 0, rows(), s.k, width, s.scores, stride, width,
                                                            s.scores, embedded_dim(p), values);
     }
-    const auto score = [&](const auto& rows) { few_rows.score(s.scores, stride, s.q, dim, p.D, rows, keys, values); };
+    const auto score = [&](const auto& k_rows) {
+      few_rows.score(s.scores, stride, s.q, dim, p.D, k_rows, keys, values);
+    };
     if (!k_in_place(p, rows())) {
       load_row_operand(s.k, dim, k, keys, p.D);
       score(Rows<E>{s.k, dim});
@@ -380,7 +382,8 @@ struct Decode {
   // Products of one head's rows become scores.
   void finish_scores(const Tile& t, bool empty, C* scores, int64_t stride, int64_t width) const {
     if (empty) {
-      for (int64_t x = 0; x < band.queries * stride; ++x) scores[x] = -kInfinity<C>;
+      for (int64_t i = 0; i < band.queries; ++i)
+        for (int64_t j = 0; j < width; ++j) scores[i * stride + j] = -kInfinity<C>;
     } else if (!is_plain<E>(p, band, t)) {
       if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, width, p, band, t);
       apply_scores<InLanes::keys, E>(p, band, t, scores, stride, width, s.parts, s.parts.distances);
@@ -452,8 +455,8 @@ struct Decode {
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
   template <class T>
-  HEEDFUL_FN void add_values_carefully(const Rows<T>& v, int64_t keys, const E* weights, int64_t row_stride,
-                                       int64_t key_stride, C* out, int64_t count) const {
+  HEEDFUL_CALLED void add_values_carefully(const Rows<T>& v, int64_t keys, const E* weights, int64_t row_stride,
+                                           int64_t key_stride, C* out, int64_t count) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < dim; d += n) {

@@ -35,7 +35,7 @@ struct FewRows {
   // ---- scores
 
   // scores[row * stride + key] of the rows of q; `numbers` is D, and a row of q has `dim` elements. Meanwhile other
-  // rows come. Up to kPairs scores past the last are written.
+  // rows come. What is written ends at a multiple of kPairs, and so does the stride.
   template <class T>
   HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
                             int64_t keys, const RowsAhead& meanwhile) const {

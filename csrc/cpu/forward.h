@@ -66,11 +66,9 @@ struct Forward {
 
   // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
   static bool in_place(const View& view, int64_t dim) {
-    return sizeof(S) * kDepth<E> == sizeof(E) && view.stride[3] == 1 && view.stride[2] <= 2 * dim;
+    return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
   }
-  static bool k_in_place(const Problem& p) {
-    return in_place(p.k, p.D) && p.similarity == Similarity::dot && (!kBFloat16x2 || lie_in_pairs(p.k, p.D));
-  }
+  static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
 
   // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
   // lie where they lie, and masked keys add nothing.
@@ -308,11 +306,8 @@ struct Forward {
     }
     if (s.best) return find_best<kN>(tile, l);
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
-    E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // but where dropout is still to come
-    if (careful)
-      online_softmax<kN, true, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale);
-    else
-      online_softmax<kN, false, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale);
+    E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // dropout comes before pairs are joined
+    online_softmax<kN, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale, careful);
     if (s.parts.keep) {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);

@@ -210,7 +210,8 @@ void test_many_heads(DType dtype) {
   }
   // Rows that nothing but their band masks, whole vectors of them: edges of bands, values that are NaN to some of them.
   for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
-    for (auto [heads, queries] : {std::pair<int64_t, int64_t>{16, 1}, {16, 3}, {24, 2}, {32, 2}, {80, 1}, {64, 3}})
+    for (auto [heads, queries] :
+         {std::pair<int64_t, int64_t>{16, 1}, {16, 3}, {24, 2}, {32, 2}, {66, 1}, {80, 1}, {64, 3}})
       for (int64_t D : {8, 33}) {
         Case c{.dtype = dtype, .B = 3, .Hq = heads, .Hk = 1, .Sq = queries, .Sk = 150, .D = D, .Dv = D + 1};
         c.layout = layout, c.left = 70, c.right = 0, c.start = 120, c.packed = D == 33, c.lengths = D == 8;
@@ -225,6 +226,10 @@ void test_many_heads(DType dtype) {
     Case window = c, ends = c;
     window.left = 1100, window.right = 0, ends.lengths = ends.packed = true;
     test(window), test(ends);
+  }
+  for (int64_t heads : {1, 16}) {  // the same in several chunks
+    Case c{.dtype = dtype, .B = 2, .Hq = heads, .Hk = 1, .Sq = 1, .Sk = 4200, .D = 16, .Dv = 16, .lengths = true};
+    test(c);
   }
   // Several chunks of some sequences, of packed and padded ones.
   for (bool packed : {false, true})

@@ -1,12 +1,8 @@
-// The kernels for pairs of bfloat16 of isa/avx512_bf16.cpp, but for any machine: vectors of 128 bits as in
-// isa/baseline.cpp, and two products in place of the one instruction.
+// The kernels for pairs of bfloat16 of isa/avx512_bf16.cpp, but for any machine: vectors of 128 bits, and two products
+// in place of the one instruction.
 #define HEEDFUL_TARGET cpu::split_bf16
 #define HEEDFUL_VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define HEEDFUL_VECTOR_REGISTERS 32
-#else
-#define HEEDFUL_VECTOR_REGISTERS 16
-#endif
+#define HEEDFUL_VECTOR_REGISTERS 32  // its panels of four vectors, whether they fit or not
 #include "isa/instruction_set.h"
 
 namespace heedful::cpu {

@@ -21,12 +21,9 @@ HEEDFUL_FN void find_tops(const C* scores, int64_t keys, C* tops) {
   for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
 }
 
-// Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones to
-// it, and the queries' sums follow. Distances between scores times `to_log2` are powers of two. With `mark`, absent
-// pairs get -1 instead of 0. Pairs of bfloat16 are joined at once, if `joined` is not null.
 template <int kN, bool mark, class E, class C = Sum<E>>
-HEEDFUL_FN void online_softmax(C* const scores, E* const joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima,
-                               C* sums, C* rescale) {
+HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima,
+                              C* sums, C* rescale) {
   constexpr int n = kLanes<C>;
   constexpr bool kBFloat16x2 = kDepth<E> == 2;
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
@@ -73,6 +70,18 @@ HEEDFUL_FN void online_softmax(C* const scores, E* const joined, int64_t keys, V
   });
 #pragma GCC unroll 4
   for (int v = 0; v < kN; ++v) store(sums + v * n, load(sums + v * n) * load(rescale + v * n) + sum[v]);
+}
+
+// Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones to
+// it, and the queries' sums follow. Distances between scores times `to_log2` are powers of two. With `mark`, absent
+// pairs get -1 instead of 0. Pairs of bfloat16 are joined at once, if `joined` is not null.
+template <int kN, class E, class C = Sum<E>>
+HEEDFUL_FN void online_softmax(C* scores, E* joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima, C* sums,
+                               C* rescale, bool mark) {
+  if (mark)
+    softmax_block<kN, true>(scores, joined, keys, to_log2, tops, maxima, sums, rescale);
+  else
+    softmax_block<kN, false>(scores, joined, keys, to_log2, tops, maxima, sums, rescale);
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -232,7 +232,11 @@ HEEDFUL_FN void load_operand(E* to, int64_t to_stride, Source<S> from, int64_t r
 HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
   return rows.stride[3] == 1 && dim % 2 == 0 && rows.stride[2] % 2 == 0;
 }
-// Rows that lie in memory as an operand does, where they lie.
+// Whether rows lie in memory as an operand does; such rows, where they lie.
+template <class E, class S>
+HEEDFUL_FN bool lie_as_operand(const View& rows, int64_t dim) {
+  return sizeof(S) * kDepth<E> == sizeof(E) && rows.stride[3] == 1 && (kDepth<E> == 1 || lie_in_pairs(rows, dim));
+}
 template <class E, class S>
 HEEDFUL_FN Rows<E> in_memory(Source<S> rows) {
   return {reinterpret_cast<const E*>(rows.data), rows.row_stride / kDepth<E>};
