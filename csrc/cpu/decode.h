@@ -30,7 +30,7 @@ struct Decode {
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
-  static constexpr int64_t kSpan = 1024;       // keys that are scored at once where memory is read in order
+  static constexpr int64_t kSpan = 1024;       // keys, see attend_span
   static constexpr int64_t kManyRows = 16, kMostRows = 64;  // of a task
   using Few = FewRows<S, E>;
 
@@ -106,7 +106,7 @@ struct Decode {
     const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
     s->q_lanes = most_rows(p) < kManyRows ? nullptr : carve.take<E>(lanes * terms<E>(p.D));
-    s->scores = carve.take<C>(most(lanes * kKeys, least<int64_t>(Few::kInOrder, most_rows(p)) * kSpan));
+    s->scores = carve.take<C>(most(lanes * kKeys, least(kManyRows, most_rows(p)) * kSpan));
     if constexpr (kBFloat16x2)
       s->weights = carve.take<E>(lanes * kWeights);
     else
@@ -167,13 +167,14 @@ struct Decode {
     const bool only = own_chunks(band) == 1;
     const int64_t heads = least(most_heads, heads_per_group(p) - g), rows = heads * band.queries;
     const bool in_lanes = lie_in_lanes(p, band.queries);
-    const bool in_order = !in_lanes && k_in_place(p, rows) && in_place(p.v, p.Dv, rows) && Few::reads_in_order(p, rows);
+    const bool as_it_lies = !in_lanes && k_in_place(p, rows) && in_place(p.v, p.Dv, rows);
     const Decode d{p,
                    band,
                    s,
                    only ? s.only : partial(p, band, b, hk, part, chunk),
-                   Few{rows, in_order},
+                   Few{rows, as_it_lies && Few::reads_in_order(p, rows)},
                    in_lanes,
+                   as_it_lies && !s.parts.words,
                    b,
                    hk,
                    chunk,
@@ -193,7 +194,7 @@ struct Decode {
   const Scratch s;
   const Partial part;
   const Few few_rows;
-  const bool in_lanes;
+  const bool in_lanes, in_spans;
   const int64_t b, hk, chunk, first_head, heads;
 
   int64_t rows() const { return few_rows.rows; }
@@ -210,7 +211,6 @@ struct Decode {
     const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
     if (first >= end) return;
     load_queries();
-    const bool in_spans = few_rows.in_order && !s.parts.words;
     if (in_lanes) turn_queries();
     const int64_t step = in_spans ? kSpan : kKeys;
     for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += step) {
@@ -244,10 +244,17 @@ struct Decode {
     });
   }
 
-  // Keys [j0, j1) of several blocks, whose results are the same as one by one.
+  // Keys that are scored one after the other: a row of their scores has `stride` numbers.
+  struct Span {
+    int64_t j0, j1, stride;
+  };
+
+  // Keys [j0, j1) of several blocks, all of them scored before their values are added up, whose results are the same as
+  // one by one. Where few rows leave time to memory alone, each change of place loses some of it.
   void attend_span(int64_t j0, int64_t j1, bool careful) const {
-    score_keys(j0, j1, kSpan);
-    for (int64_t j = j0; j < j1; j += kKeys) finish_block(j, least(j + kKeys, j1), s.scores + (j - j0), kSpan, careful);
+    const Span span{j0, j1, kSpan};
+    score_keys(span);
+    for (int64_t j = j0; j < j1; j += kKeys) finish_block(j, least(j + kKeys, j1), span, careful);
   }
 
   // Those of one tile of a block mask.
@@ -259,14 +266,16 @@ struct Decode {
       any = find_masks(p, InLanes::keys, s.parts.words, &tile);
     }
     if (!any) return;
-    score_keys(j0, j1, kKeys);
-    finish_block(j0, j1, s.scores, kKeys, careful);
+    const Span span{j0, j1, kKeys};
+    score_keys(span);
+    finish_block(j0, j1, span, careful);
   }
   Tile tile_of(int64_t g, int64_t j0, int64_t j1) const { return {b, first_head + g, 0, band.queries, j0, j1}; }
 
-  // From a block's products to O; a row of them has `stride` numbers.
-  void finish_block(int64_t j0, int64_t j1, C* scores, int64_t stride, bool careful) const {
-    const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries;
+  // From a block's products to O.
+  void finish_block(int64_t j0, int64_t j1, const Span& span, bool careful) const {
+    const int64_t keys = j1 - j0, width = padded<C>(keys), queries = band.queries, stride = span.stride;
+    C* const scores = s.scores + (j0 - span.j0);
     const bool plain = !s.parts.words && is_plain<E>(p, band, tile_of(0, j0, j1));
     for (int64_t g = 0; !plain && g < heads; ++g) {
       Tile tile = tile_of(g, j0, j1);
@@ -285,9 +294,10 @@ struct Decode {
       weights = {scores, stride};
     const Source<S> v = source(p.v, j0);
     const int64_t dim = padded<C>(p.Dv);
-    if (in_place(p.v, p.Dv, rows())) return add_values(weights, Rows<S>{v.data, v.row_stride}, j0, keys, careful);
+    const RowsAhead next = j1 < span.j1 ? block_ahead(p.v, p.Dv, j1) : block_ahead(p.k, p.D, j1);
+    if (in_place(p.v, p.Dv, rows())) return add_values(weights, Rows<S>{v.data, v.row_stride}, keys, next, careful);
     load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
-    add_values(weights, Rows<E>{s.v, dim}, j0, keys, careful);
+    add_values(weights, Rows<E>{s.v, dim}, keys, next, careful);
   }
 
   void attend_block_in_lanes(int64_t j0, int64_t j1, bool careful) const {
@@ -347,19 +357,23 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows that are needed soon, of the block from key j0 on; what is read in order comes by itself.
+  // Rows [j0, j1) that are needed soon, of those that there are; what is read in order comes by itself.
+  RowsAhead keys_ahead(const View& view, int64_t dim, int64_t j0, int64_t j1) const {
+    j1 = least(j1, band.keys);
+    if (j0 >= j1 || few_rows.in_order) return {};
+    return ahead_of<S>(view, band.batch, hk, band.k_row + j0, j1 - j0, dim);
+  }
   RowsAhead block_ahead(const View& view, int64_t dim, int64_t j0) const {
-    if (j0 >= band.keys || few_rows.in_order) return {};
-    return ahead_of<S>(view, band.batch, hk, band.k_row + j0, least(band.keys - j0, kKeys), dim);
+    return keys_ahead(view, dim, j0, j0 + kKeys);
   }
 
   // ---- scores
 
-  // Meanwhile the keys' values come.
-  void score_keys(int64_t j0, int64_t j1, int64_t stride) const {
-    const int64_t dim = row_terms(p), keys = j1 - j0, width = padded<C>(keys);
-    const Source<S> k = source(p.k, j0);
-    const RowsAhead values = block_ahead(p.v, p.Dv, j0);
+  // Meanwhile the next blocks of the span come, then the first one's values.
+  void score_keys(const Span& span) const {
+    const int64_t dim = row_terms(p), keys = span.j1 - span.j0, width = padded<C>(keys), stride = span.stride;
+    const Source<S> k = source(p.k, span.j0);
+    const RowsAhead more = keys_ahead(p.k, p.D, span.j0 + kKeys, span.j1), values = block_ahead(p.v, p.Dv, span.j0);
     if (turns_keys(p, rows())) {
       load_operand<E>(s.k, width, Source<S>{k.data, k.lane_stride, k.row_stride}, p.D, keys, width);
       embed_lanes(p, Role::key, s.k, width, C(1));
@@ -367,7 +381,7 @@ struct Decode {
                                                            s.scores, embedded_dim(p), values);
     }
     const auto score = [&](const auto& k_rows) {
-      few_rows.score(s.scores, stride, s.q, dim, p.D, k_rows, keys, values);
+      few_rows.score(s.scores, stride, s.q, dim, p.D, k_rows, keys, more, values);
     };
     if (!k_in_place(p, rows())) {
       load_row_operand(s.k, dim, k, keys, p.D);
@@ -440,17 +454,16 @@ struct Decode {
 
   // ---- values
 
-  // Meanwhile the next block's keys come.
+  // Meanwhile what is needed next comes.
   template <class T>
-  void add_values(const Rows<E>& weights, const Rows<T>& v, int64_t j0, int64_t keys, bool careful) const {
+  void add_values(const Rows<E>& weights, const Rows<T>& v, int64_t keys, const RowsAhead& next, bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
     if (careful) return add_values_carefully(v, keys, weights.data, weights.stride, 1, part.out, rows());
-    const RowsAhead keys_ahead = block_ahead(p.k, p.D, j0 + keys);
     if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
         return multiply_meanwhile<Onto::c, E, Unit::k>({weights.data, weights.stride}, 0, rows(), v.data, v.stride,
-                                                       part.out, dim, dim, part.out, keys, keys_ahead);
-    few_rows.add_values(part.out, p.Dv, weights, v, keys, keys_ahead);
+                                                       part.out, dim, dim, part.out, keys, next);
+    few_rows.add_values(part.out, p.Dv, weights, v, keys, next);
   }
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.

@@ -24,8 +24,7 @@ struct FewRows {
   bool in_order;
 
   // Whether rows in place are read from the first byte to the last, with little to do for each: then the processor
-  // fetches what follows, a quarter faster than it could be asked to. Keys of a span are scored before their values are
-  // added up: each time that it is to read elsewhere, it loses some 30 lines.
+  // fetches what follows, a quarter faster than it could be asked to.
   static constexpr int kInOrder = 2;
   static bool reads_in_order(const Problem& p, int64_t rows) {
     return rows > 0 && rows <= kInOrder && p.k.stride[2] == p.D && p.v.stride[2] == p.Dv && p.Dv % n == 0 &&
@@ -38,9 +37,9 @@ struct FewRows {
   // rows come. What is written ends at a multiple of kPairs, and so does the stride.
   template <class T>
   HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
-                            int64_t keys, const RowsAhead& meanwhile) const {
+                            int64_t keys, const RowsAhead& meanwhile, const RowsAhead& then) const {
     const int64_t together = rows >= 4 ? kPairs / 4 : kPairs / rows;
-    Ahead ahead(meanwhile, {}, (keys + together - 1) / together * (dim / n));
+    Ahead ahead(meanwhile, then, (keys + together - 1) / together * (dim / n));
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;

@@ -219,8 +219,8 @@ void test_many_heads(DType dtype) {
         call.v.set_row(0, 119, NAN);
         test(call);
       }
-  // One or two rows, of memory that is read in order, a span of many blocks at a time.
-  for (int64_t heads : {1, 2}) {
+  // Few rows, a span of many blocks at a time; one or two read memory in order.
+  for (int64_t heads : {1, 2, 5}) {
     const Case c{.dtype = dtype, .B = 1, .Hq = heads, .Hk = 1, .Sq = 1, .Sk = 1130, .D = 16, .Dv = 16, .start = 1129};
     for (const Case& x : features_of(c)) test(x);
     Case window = c, ends = c;
