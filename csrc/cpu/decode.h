@@ -106,7 +106,7 @@ struct Decode {
     const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
     s->q_lanes = most_rows(p) < kManyRows ? nullptr : carve.take<E>(lanes * terms<E>(p.D));
-    s->scores = carve.take<C>(most(lanes * kKeys, least(kManyRows, most_rows(p)) * kSpan));
+    s->scores = carve.take<C>(most(lanes * kKeys, least(kManyRows - 1, most_rows(p)) * kSpan));
     if constexpr (kBFloat16x2)
       s->weights = carve.take<E>(lanes * kWeights);
     else
@@ -250,7 +250,7 @@ struct Decode {
   };
 
   // Keys [j0, j1) of several blocks, all of them scored before their values are added up, whose results are the same as
-  // one by one. Where few rows leave time to memory alone, each change of place loses some of it.
+  // one by one: with few rows the time is memory's, which is read faster the longer it is read in one place.
   void attend_span(int64_t j0, int64_t j1, bool careful) const {
     const Span span{j0, j1, kSpan};
     score_keys(span);
@@ -357,7 +357,7 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows [j0, j1) that are needed soon, of those that there are; what is read in order comes by itself.
+  // Rows [j0, j1) that are wanted soon, of those that there are; what is read in order comes by itself.
   RowsAhead keys_ahead(const View& view, int64_t dim, int64_t j0, int64_t j1) const {
     j1 = least(j1, band.keys);
     if (j0 >= j1 || few_rows.in_order) return {};

@@ -34,11 +34,11 @@ struct FewRows {
   // ---- scores
 
   // scores[row * stride + key] of the rows of q; `numbers` is D, and a row of q has `dim` elements. Meanwhile other
-  // rows come. What is written ends at a multiple of kPairs, and so does the stride.
+  // rows come. Each row is written up to a multiple of kPairs, which `stride` has to be.
   template <class T>
   HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
                             int64_t keys, const RowsAhead& meanwhile, const RowsAhead& then) const {
-    const int64_t together = rows >= 4 ? kPairs / 4 : kPairs / rows;
+    const int64_t together = kPairs / (rows >= 4 ? 4 : rows >= 2 ? 2 : 1);
     Ahead ahead(meanwhile, then, (keys + together - 1) / together * (dim / n));
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);

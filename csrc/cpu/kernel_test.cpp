@@ -227,7 +227,7 @@ void test_many_heads(DType dtype) {
     window.left = 1100, window.right = 0, ends.lengths = ends.packed = true;
     test(window), test(ends);
   }
-  for (int64_t heads : {1, 16}) {  // the same in several chunks
+  for (int64_t heads : {1, 5, 16}) {  // several chunks of such rows, and of rows in lanes
     Case c{.dtype = dtype, .B = 2, .Hq = heads, .Hk = 1, .Sq = 1, .Sk = 4200, .D = 16, .Dv = 16, .lengths = true};
     test(c);
   }
