@@ -9,6 +9,14 @@ namespace heedful::HEEDFUL_TARGET {
 
 constexpr int64_t kLine = 64;  // bytes of a cache's line
 
+// For memory that is read in order, a row of so many bytes after the other: the processor fetches what follows by
+// itself, but stops at the page's end. Where a page begins a line of a later one is asked for.
+HEEDFUL_FN void fetch_later_page(const void* row, int64_t bytes) {
+  constexpr int64_t kPage = 4096, kPages = 4;
+  if (int64_t(uintptr_t(row) % kPage) < bytes)
+    __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(row) + kPages * kPage), 0, 2);
+}
+
 // Rows of memory so far apart that the processor does not guess the next.
 struct RowsAhead {
   const char* data = nullptr;

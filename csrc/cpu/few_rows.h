@@ -70,8 +70,10 @@ struct FewRows {
       };
       if (kR <= kInOrder && in_order) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kJ; ++i)
+        for (int i = 0; i < kJ; ++i) {
+          fetch_later_page(key[i], present * int64_t(sizeof(T)));
           for (int64_t d = 0; d < dim; d += n) add_product(i, d, load_first<E>(key[i] + d, present - d));
+        }
       } else {
         for (int64_t d = 0; d < dim; d += n) {
           Vec<E> x[kJ];
@@ -141,6 +143,8 @@ struct FewRows {
     const E* weight = weights.data + r * weights.stride;
     Ahead meanwhile = ahead;  // in registers
     for (int64_t j = 0; j < terms<E>(keys); ++j) {
+      if (kR <= kInOrder && in_order)
+        fetch_later_page(v.data + j * kDepth<E> * v.stride, kDepth<E> * numbers * int64_t(sizeof(T)));
       Vec<E> x[kV];
       load_values(x, v, j, keys, d, numbers);
 #pragma GCC unroll 4
