@@ -202,6 +202,32 @@ struct Forward {
       return in_memory<E>(from);
   }
 
+  // What follows a task's last keys does not follow in memory: meanwhile rows come of its output, and of the queries
+  // that the thread takes next, as a rule; with them a short sequence's keys and values.
+  struct NextAhead {
+    RowsAhead out, q, k, v;
+  };
+  NextAhead next_ahead() const {
+    NextAhead ahead;
+    ahead.out = ahead_of<S>(p.out, band.batch, h, band.q_row + i0, i1 - i0, p.Dv);
+    ahead.out.written = true;
+    const int64_t task = (b * p.Hq + h + 1) * blocks(p) - 1 - i0 / block_queries(p) + p.threads;
+    if (task >= p.B * p.Hq * blocks(p)) return ahead;
+    const Forward next = of_task(p, task, nullptr);
+    const int64_t last = least(next.i1, next.band.queries) - 1;
+    if (last < next.i0) return ahead;
+    ahead.q = ahead_of<S>(p.q, next.band.batch, next.h, next.band.q_row + next.i0, last + 1 - next.i0, p.D);
+    if (p.Sq > kQueries || p.Sk > kKeys || (next.b == b && next.kv_head() == kv_head())) return ahead;
+    ahead.k = ahead_of<S>(p.k, next.band.batch, next.kv_head(), next.band.k_row, next.band.keys, p.D);
+    ahead.v = ahead_of<S>(p.v, next.band.batch, next.kv_head(), next.band.k_row, next.band.keys, p.Dv);
+    return ahead;
+  }
+
+  struct Block {
+    Tile tile;
+    Rows<E> k, v;
+    NextAhead ahead;  // of the last one
+  };
   struct Panel {
     int64_t lane, width;  // the first, and how many
   };
@@ -221,37 +247,40 @@ struct Forward {
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
       next = (j0 / block_keys + 1) * block_keys;
       const int64_t j1 = least(next, end_key);
-      Tile block{b, h, i0, last + 1, j0, j1};
-      if (!find_masks(p, InLanes::queries, s.parts.words, &block)) continue;
-      const Rows<E> k = key_rows(j0, j1), v = s.best ? Rows<E>{} : value_rows(j0, j1);
-      if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, block);
+      Tile tile{b, h, i0, last + 1, j0, j1};
+      if (!find_masks(p, InLanes::queries, s.parts.words, &tile)) continue;
+      const Block block{tile, key_rows(j0, j1), s.best ? Rows<E>{} : value_rows(j0, j1),
+                        j1 == end_key ? next_ahead() : NextAhead{}};
+      if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, tile);
       for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
         const Panel panel{l, vectors.value * n};
         if constexpr (vectors.value == 4)
           if (halves_pay(i0 + l, j0, j1)) {
-            attend_part<2>(block, panel, 0, k, v, careful);
-            attend_part<2>(block, panel, 2 * n, k, v, careful);
+            attend_part<2>(block, panel, 0, careful);
+            attend_part<2>(block, panel, 2 * n, careful);
             return;
           }
-        attend_part<vectors.value>(block, panel, 0, k, v, careful);
+        attend_part<vectors.value>(block, panel, 0, careful);
       });
     }
   }
 
   // kN vectors of a panel, from lane `first` on, over the keys of a block that they see.
   template <int kN>
-  HEEDFUL_FN void attend_part(const Tile& block, Panel panel, int64_t first, Rows<E> k, Rows<E> v, bool careful) const {
+  HEEDFUL_FN void attend_part(const Block& block, Panel panel, int64_t first, bool careful) const {
     // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding must
     // not change how the others are computed.
     const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + kN * n);
     if (end <= i) return;
-    Tile tile = block;
-    tile.i0 = i, tile.i1 = end, tile.j0 = most(block.j0, first_key_of(i)),
-    tile.j1 = least(block.j1, end_key_of(end - 1));
+    const Tile& all = block.tile;
+    Block part = block;
+    Tile& tile = part.tile;
+    tile.i0 = i, tile.i1 = end, tile.j0 = most(all.j0, first_key_of(i)), tile.j1 = least(all.j1, end_key_of(end - 1));
     if (tile.j0 >= tile.j1) return;
-    k.data += (tile.j0 - block.j0) * k.stride;
-    v.data += terms<E>(tile.j0 - block.j0) * v.stride;
-    attend_panel<kN>(tile, distances_of<InLanes::queries>(s.parts, block, tile), panel, first, k, v, careful);
+    part.k.data += (tile.j0 - all.j0) * part.k.stride;
+    part.v.data += terms<E>(tile.j0 - all.j0) * part.v.stride;
+    if (panel.lane + first > 0) part.ahead = {};
+    attend_panel<kN>(part, distances_of<InLanes::queries>(s.parts, all, tile), panel, first, careful);
   }
   // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
   int64_t first_key_of(int64_t i) const { return band.first_key(i) / kDepth<E> * kDepth<E>; }
@@ -267,34 +296,12 @@ struct Forward {
     return left_out * 16 > last - first;
   }
 
-  // A short sequence is over before the processor has guessed what follows: then rows come meanwhile of the head that
-  // the thread will take next, as a rule, and the output's own.
-  struct ShortAhead {
-    RowsAhead q, k, v, out;
-  };
-  static bool is_short(const Problem& p) { return p.Sq <= kQueries && p.Sk <= kKeys; }
-  ShortAhead short_ahead() const {
-    ShortAhead ahead;
-    ahead.out = ahead_of<S>(p.out, band.batch, h, band.q_row, band.q_rows, p.Dv);
-    ahead.out.written = true;
-    const int64_t head = b * p.Hq + h + p.threads, next_b = head / p.Hq, next_h = head % p.Hq;
-    if (next_b >= p.B) return ahead;
-    const Band next(p, next_b);
-    const int64_t next_hk = next_h / heads_per_group(p);
-    ahead.q = ahead_of<S>(p.q, next.batch, next_h, next.q_row, next.queries, p.D);
-    if (next_b == b && next_hk == kv_head()) return ahead;
-    ahead.k = ahead_of<S>(p.k, next.batch, next_hk, next.k_row, next.keys, p.D);
-    ahead.v = ahead_of<S>(p.v, next.batch, next_hk, next.k_row, next.keys, p.Dv);
-    return ahead;
-  }
-
   // That part of a panel over the keys of a tile.
   template <int kN>
-  HEEDFUL_FN void attend_panel(const Tile& tile, const C* distances, Panel panel, int64_t first, Rows<E> k, Rows<E> v,
-                               bool careful) const {
+  HEEDFUL_FN void attend_panel(const Block& part, const C* distances, Panel panel, int64_t first, bool careful) const {
     constexpr int width = kN * n;
+    const auto& [tile, k, v, ahead] = part;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p), l = panel.lane + first;
-    const ShortAhead ahead = l == 0 && is_short(p) ? short_ahead() : ShortAhead{};
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
     multiply_meanwhile<Onto::nothing_topped, E, Unit::k>(
