@@ -26,18 +26,18 @@ struct RowsAhead {
   int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
 };
 
-// Fetches rows in order, all of them within so many steps.
+// Fetches rows in order, spread evenly over so many steps.
 struct Ahead {
   RowsAhead rows, then;
-  int64_t each = 0, at = 0;  // lines at a step; bytes of the first row that were fetched
+  int64_t lines, steps;
+  int64_t due = 0, at = 0;  // lines times steps; bytes of the first row that were fetched
 
-  Ahead(const RowsAhead& rows, const RowsAhead& then, int64_t steps) : rows(rows), then(then) {
-    const int64_t lines = rows.lines() + then.lines();
-    if (lines && steps) each = (lines + steps - 1) / steps;
+  Ahead(const RowsAhead& rows, const RowsAhead& then, int64_t steps)
+      : rows(rows), then(then), lines(rows.lines() + then.lines()), steps(most<int64_t>(steps, 1)) {
     if (rows.rows == 0) take_next();
   }
   HEEDFUL_FN void step() {
-    for (int64_t line = 0; line < each && rows.rows > 0; ++line) {
+    for (due += lines; due >= steps && rows.rows > 0; due -= steps) {
       // To the second cache: strides of 4096 have few places in the first.
       if (rows.written)
         __builtin_prefetch(rows.data + at, 1, 2);

@@ -105,7 +105,7 @@ struct Decode {
     s->only = Partial::carve(p, carve, 1, 0);
     const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
-    s->q_lanes = most_rows(p) < kManyRows ? nullptr : carve.take<E>(lanes * terms<E>(p.D));
+    s->q_lanes = most_rows(p) >= kManyRows && may_lie_in_lanes(p) ? carve.take<E>(lanes * terms<E>(p.D)) : nullptr;
     s->scores = carve.take<C>(most(lanes * kKeys, least(kManyRows - 1, most_rows(p)) * kSpan));
     if constexpr (kBFloat16x2)
       s->weights = carve.take<E>(lanes * kWeights);
@@ -138,8 +138,10 @@ struct Decode {
   // the rows of one task.
   static bool lie_in_lanes(const Problem& p, int64_t queries) {
     const int64_t rows = heads_per_group(p) * queries;
-    return rows >= kManyRows && rows % n == 0 && p.similarity == Similarity::dot && !scales_products<E>(p) &&
-           !p.mask.data && !p.tiles.data && !p.bias.data && !has_distances(p) && p.softcap == 0 && !has_dropout(p);
+    return rows >= kManyRows && rows % n == 0 && may_lie_in_lanes(p);
+  }
+  static bool may_lie_in_lanes(const Problem& p) {
+    return p.similarity == Similarity::dot && keeps_products<E>(p) && !p.mask.data && !p.tiles.data && !has_dropout(p);
   }
 
   // Adds its phases, scratch and workspace to a plan.
@@ -235,12 +237,18 @@ struct Decode {
     }
   }
 
-  // Panels of lanes, [d][lane] each.
+  // f(row, count, vectors) for panels of rows in lanes.
+  template <class F>
+  HEEDFUL_FN void for_each_panel_of_rows(F f) const {
+    for_each_panel<C>(padded<C>(rows()),
+                      [&](int64_t r, auto vectors) { f(r, least<int64_t>(rows() - r, vectors.value * n), vectors); });
+  }
+
+  // [d][row] each.
   void turn_queries() const {
-    for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
-      constexpr int width = vectors.value * n;
-      const int64_t dim = row_terms(p), present = least<int64_t>(rows() - l, width);
-      turn_rows(s.q_lanes + l * terms<E>(p.D), width, {s.q + l * dim, dim}, terms<E>(p.D), present);
+    for_each_panel_of_rows([&](int64_t r, int64_t count, auto vectors) {
+      const int64_t dim = row_terms(p), numbers = terms<E>(p.D);
+      turn_rows(s.q_lanes + r * numbers, vectors.value * n, {s.q + r * dim, dim}, numbers, count);
     });
   }
 
@@ -301,23 +309,22 @@ struct Decode {
   }
 
   void attend_block_in_lanes(int64_t j0, int64_t j1, bool careful) const {
-    const int64_t keys = j1 - j0, lanes = padded<C>(rows()), dim = padded<C>(p.Dv);
+    const int64_t keys = j1 - j0, dim = padded<C>(p.Dv);
     score_lanes(j0, j1, careful);
     const Source<S> v = source(p.v, j0);
     if (s.v) load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
     const Rows<E> values = s.v ? Rows<E>{s.v, dim} : in_memory<E>(v);
-    for_each_panel<C>(lanes, [&](int64_t l, auto vectors) {
+    for_each_panel_of_rows([&](int64_t r, int64_t count, auto vectors) {
       constexpr int width = vectors.value * n;
-      const E* weights = s.weights + l * kWeights;
-      C* out = part.out + l * dim;
-      const int64_t count = least<int64_t>(rows() - l, width);
+      const E* weights = s.weights + r * kWeights;
+      C* out = part.out + r * dim;
       if (careful) return add_values_carefully(values, keys, weights, 1, width, out, count);
       multiply_meanwhile<Onto::c, E, Unit::row>({weights, width}, 0, count, values.data, values.stride, out, dim, dim,
-                                                out, keys, l ? RowsAhead{} : block_ahead(p.k, p.D, j0 + keys));
+                                                out, keys, r ? RowsAhead{} : block_ahead(p.k, p.D, j1));
     });
   }
 
-  // Probabilities of the keys [j0, j1), in panels of [key][lane]; meanwhile the keys' values come.
+  // Probabilities of the keys [j0, j1), in panels of [key][row]; meanwhile the keys' values come.
   HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool careful) const {
     const int64_t keys = j1 - j0;
     const Source<S> from = source(p.k, j0);
@@ -325,31 +332,30 @@ struct Decode {
     if (!lie) load_row_operand(s.k, row_terms(p), from, keys, p.D);
     const Rows<E> k = lie ? in_memory<E>(from) : Rows<E>{s.k, row_terms(p)};
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
-    for_each_panel<C>(padded<C>(rows()), [&](int64_t l, auto vectors) {
+    for_each_panel_of_rows([&](int64_t r, int64_t count, auto vectors) {
       constexpr int kN = vectors.value, width = kN * n;
       alignas(64) C top[width], rescale[width];
       for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-      C* scores = s.scores + l * kKeys;
-      E* weights = s.weights + l * kWeights;
-      multiply_meanwhile<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q_lanes + l * terms<E>(p.D),
+      C* scores = s.scores + r * kKeys;
+      E* joined = kBFloat16x2 ? s.weights + r * kWeights : nullptr;
+      multiply_meanwhile<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q_lanes + r * terms<E>(p.D),
                                                            width, scores, width, width, top, p.D,
-                                                           l ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
+                                                           r ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
       if (!band.covers(0, band.queries, j0, j1)) {
-        mask_lanes(j0, j1, l, least<int64_t>(rows() - l, width), scores, width);
+        mask_lanes(j0, j1, r, count, scores, width);
         find_tops<kN, C>(scores, keys, top);
       }
-      E* joined = kBFloat16x2 ? weights : nullptr;
-      online_softmax<kN, E>(scores, joined, keys, to_log2, top, part.maximum + l, part.sum + l, rescale, careful);
-      rescale_rows(l, least<int64_t>(rows() - l, width), rescale);
+      online_softmax<kN, E>(scores, joined, keys, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);
+      rescale_rows(r, count, rescale);
     });
   }
 
-  // Leaves out what the band does.
-  void mask_lanes(int64_t j0, int64_t j1, int64_t l, int64_t count, C* scores, int64_t width) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t i = (l + r) % band.queries, first = band.first_key(i), end = band.end_key(i);
+  // Leaves out what the band does. Lanes are queries of several heads, unlike those of apply_masks.
+  void mask_lanes(int64_t j0, int64_t j1, int64_t r, int64_t count, C* scores, int64_t width) const {
+    for (int64_t x = 0; x < count; ++x) {
+      const int64_t i = (r + x) % band.queries, first = band.first_key(i), end = band.end_key(i);
       for (int64_t j = j0; j < j1; ++j)
-        if (j < first || j >= end) scores[(j - j0) * width + r] = -kInfinity<C>;
+        if (j < first || j >= end) scores[(j - j0) * width + x] = -kInfinity<C>;
     }
   }
 
