@@ -19,6 +19,7 @@ struct FewRows {
   // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
   // registers. What is loaded of K and V serves up to four rows.
   static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
+  static constexpr int kBetween = 16 / kPairs;  // vectors of K, or rows of V, for each time that more is asked for
 
   int64_t rows;
   bool in_order;
@@ -39,7 +40,7 @@ struct FewRows {
   HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
                             int64_t keys, const RowsAhead& meanwhile, const RowsAhead& then) const {
     const int64_t together = kPairs / (rows >= 4 ? 4 : rows >= 2 ? 2 : 1);
-    Ahead ahead(meanwhile, then, (keys + together - 1) / together * (dim / n));
+    Ahead ahead(meanwhile, then, (keys + together - 1) / together * ((dim / n + kBetween - 1) / kBetween));
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;
@@ -81,7 +82,8 @@ struct FewRows {
           for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
-          if (r == 0) ahead.step();  // after the step's own loads, which would wait behind it
+          // After the step's own loads, which would wait behind it.
+          if (r == 0 && d % (kBetween * n) == 0) ahead.step();
         }
       }
       C sums[kPairs];
@@ -104,7 +106,7 @@ struct FewRows {
     constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
     const int64_t together = least<int64_t>(kTogether, rows), vectors = kPairs / together;
     const int64_t passes = (rows + together - 1) / together * ((padded<C>(numbers) / n + vectors - 1) / vectors);
-    Ahead ahead(meanwhile, {}, passes * terms<E>(keys));
+    Ahead ahead(meanwhile, {}, passes * ((terms<E>(keys) + kBetween - 1) / kBetween));
     int64_t r = 0;
     for (; r + 4 <= rows; r += kTogether) add_steps<kTogether>(out, numbers, weights, v, keys, r, 0, ahead);
     if (r + 2 <= rows) add_steps<2>(out, numbers, weights, v, keys, r, 0, ahead), r += 2;
@@ -153,7 +155,7 @@ struct FewRows {
 #pragma GCC unroll 16
         for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
       }
-      meanwhile.step();
+      if (j % kBetween == 0) meanwhile.step();
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row) {
