@@ -103,6 +103,14 @@ def test_inputs_are_the_same_bits_wherever_they_are_drawn() -> None:
     assert not torch.equal(first.q, first.gradient)
 
 
+@pytest.mark.parametrize(("longest", "size"), [(0.0, 32), (float("inf"), 64)])
+def test_products_that_would_take_long_are_smaller(longest: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SIZE": 64, "SMALLEST": 32, "LONGEST": longest}.items():
+        monkeypatch.setattr(timing, name, value)
+    call, operations = timing.product(torch.float16)
+    assert call().shape == (size, size) and operations == 2 * size**3
+
+
 def test_operations_and_bytes() -> None:
     full = Row("float32", 2, 4, 2, 8, 16, 32)
     assert full.flops("forward") == 4 * 2 * 4 * 8 * 16 * 32

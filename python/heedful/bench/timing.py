@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -11,8 +12,9 @@ import torch
 
 BURST = 0.005  # seconds that a turn lasts at least: short calls are repeated, so that their threads are awake
 
-SIZE = 2048
-PRODUCT_FLOPS, READ_BYTES = 2 * SIZE**3, 2**28
+SIZE, SMALLEST = 2048, 256  # of a matrix product, the largest and the first one tried
+LONGEST = 0.2  # seconds of one: torch's own in float16 would take as long as the rest of a row's turns
+READ_BYTES = 2**28
 
 
 def least(call: Callable[[], object], burst: float = BURST) -> float:
@@ -69,16 +71,21 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def product(dtype: torch.dtype) -> Callable[[], object]:
-    """A matrix product of PRODUCT_FLOPS."""
-    a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in "ab")
-    return lambda: a @ b
+def product(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A matrix product, and its operations: of SIZE, or less where that would take longer than LONGEST."""
+    size = min(SMALLEST, SIZE)
+    while True:
+        a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
+        call = functools.partial(torch.matmul, a, b)
+        if size == SIZE or 8 * least(call, 0) > LONGEST:
+            return call, 2 * size**3
+        size *= 2
 
 
-def read() -> Callable[[], object]:
-    """Reads READ_BYTES from memory."""
+def read() -> tuple[Callable[[], object], int]:
+    """A read of memory, and its bytes."""
     x = torch.randn(READ_BYTES // 4)
-    return lambda: x.sum()
+    return x.sum, READ_BYTES
 
 
 def cpu_name() -> str:

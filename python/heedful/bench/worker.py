@@ -114,7 +114,7 @@ class Servant:
     def __init__(self, name: str, threads: int, frugal: bool) -> None:
         self.peer = PEERS[name].load(threads, keeps_memory=not frugal)
         self.calls: dict[str, Callable[[], object]] = {}
-        self.limits: dict[str, Callable[[], object]] = {}
+        self.limits: dict[str, tuple[Callable[[], object], int]] = {}
 
     def cpu_seconds(self) -> float:
         return time.process_time()
@@ -146,7 +146,8 @@ class Servant:
         """Operations a second of a matrix product in that dtype, or bytes a second for "read"."""
         if what not in self.limits:
             self.limits[what] = timing.read() if what == "read" else timing.product(getattr(torch, what))
-        return (timing.READ_BYTES if what == "read" else timing.PRODUCT_FLOPS) / timing.least(self.limits[what])
+        call, amount = self.limits[what]
+        return amount / timing.least(call)
 
     def peak(self, row: Row, direction: str) -> int:
         """Bytes beyond the inputs at the peak of one forward, or of a forward and its backward, to some hundred KB."""
