@@ -69,22 +69,28 @@ struct FewRows {
         for (int row = 0; row < kR; ++row)
           sum[row * kJ + i] = multiply_add<E>(sum[row * kJ + i], x, load(q + row * dim + d));
       };
+      const int64_t whole = present / n * n;
       if (kR <= kInOrder && in_order) {
 #pragma GCC unroll 16
         for (int i = 0; i < kJ; ++i) {
           fetch_later_page(key[i], present * int64_t(sizeof(T)));
-          for (int64_t d = 0; d < dim; d += n) add_product(i, d, load_first<E>(key[i] + d, present - d));
+          for (int64_t d = 0; d < whole; d += n) add_product(i, d, load_as(key[i] + d, E()));
+          if (whole < dim) add_product(i, whole, load_first<E>(key[i] + whole, present - whole));
         }
       } else {
-        for (int64_t d = 0; d < dim; d += n) {
+        const auto add_products = [&](int64_t d, auto load_key) {
           Vec<E> x[kJ];
 #pragma GCC unroll 16
-          for (int i = 0; i < kJ; ++i) x[i] = load_first<E>(key[i] + d, present - d);
+          for (int i = 0; i < kJ; ++i) x[i] = load_key(key[i] + d);
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
+        };
+        for (int64_t d = 0; d < whole; d += n) {
+          add_products(d, [](const T* x) { return load_as(x, E()); });
           // After the step's own loads, which would wait behind it.
           if (r == 0 && d % (kBetween * n) == 0) ahead.step();
         }
+        if (whole < dim) add_products(whole, [&](const T* x) { return load_first<E>(x, present - whole); });
       }
       C sums[kPairs];
 #pragma GCC unroll 8
