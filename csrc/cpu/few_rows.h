@@ -19,7 +19,9 @@ struct FewRows {
   // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
   // registers. What is loaded of K and V serves up to four rows.
   static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
-  static constexpr int kBetween = 16 / kPairs;  // vectors of K, or rows of V, for each time that more is asked for
+  // Steps for each time that more is asked for: the count takes registers that products want, least where memory is
+  // what they wait for.
+  static constexpr int kBetween = HEEDFUL_VECTOR_REGISTERS < 32 ? 8 : sizeof(S) * kDepth<E> < sizeof(E) ? 4 : 1;
 
   int64_t rows;
   bool in_order;
