@@ -1,5 +1,5 @@
-// Memory that is wanted next comes to the second cache while something else is computed, a few lines at each step of
-// it: bursts would wait for memory, and leave it idle afterwards.
+// Memory that is wanted next comes to the second cache while something else is computed, at an even pace: bursts would
+// wait for memory, and leave it idle afterwards.
 #pragma once
 
 #include "masks.h"

@@ -19,8 +19,8 @@ struct FewRows {
   // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
   // registers. What is loaded of K and V serves up to four rows.
   static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
-  // Steps for each time that more is asked for: the count takes registers that products want, least where memory is
-  // what they wait for.
+  // More is asked for at every such step: to count takes registers from the products, which matters least where memory
+  // is their limit.
   static constexpr int kBetween = HEEDFUL_VECTOR_REGISTERS < 32 ? 8 : sizeof(S) * kDepth<E> < sizeof(E) ? 4 : 1;
 
   int64_t rows;
@@ -87,12 +87,17 @@ struct FewRows {
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
         };
+        const auto ask = [&](int64_t d) {  // after the step's own loads, which would wait behind it
+          if (r == 0 && d % (kBetween * n) == 0) ahead.step();
+        };
         for (int64_t d = 0; d < whole; d += n) {
           add_products(d, [](const T* x) { return load_as(x, E()); });
-          // After the step's own loads, which would wait behind it.
-          if (r == 0 && d % (kBetween * n) == 0) ahead.step();
+          ask(d);
         }
-        if (whole < dim) add_products(whole, [&](const T* x) { return load_first<E>(x, present - whole); });
+        if (whole < dim) {
+          add_products(whole, [&](const T* x) { return load_first<E>(x, present - whole); });
+          ask(whole);
+        }
       }
       C sums[kPairs];
 #pragma GCC unroll 8
@@ -112,15 +117,32 @@ struct FewRows {
     // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
     // widened they serve four.
     constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
-    const int64_t together = least<int64_t>(kTogether, rows), vectors = kPairs / together;
-    const int64_t passes = (rows + together - 1) / together * ((padded<C>(numbers) / n + vectors - 1) / vectors);
+    int64_t passes = 0;
+    for_each_step_of_rows<kTogether>([&](int64_t, auto count) { passes += passes_of(count.value, numbers); });
     Ahead ahead(meanwhile, {}, passes * ((terms<E>(keys) + kBetween - 1) / kBetween));
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += kTogether) add_steps<kTogether>(out, numbers, weights, v, keys, r, 0, ahead);
-    if (r + 2 <= rows) add_steps<2>(out, numbers, weights, v, keys, r, 0, ahead), r += 2;
-    if (r < rows) add_steps<1>(out, numbers, weights, v, keys, r, 0, ahead);
+    for_each_step_of_rows<kTogether>(
+        [&](int64_t r, auto count) { add_steps<count.value>(out, numbers, weights, v, keys, r, 0, ahead); });
   }
 
+  // f(row, how many): kTogether where there are four or more, then two, then one.
+  template <int kTogether, class F>
+  HEEDFUL_FN void for_each_step_of_rows(F f) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += kTogether) f(r, Constant<kTogether>{});
+    if (r + 2 <= rows) f(r, Constant<2>{}), r += 2;
+    if (r < rows) f(r, Constant<1>{});
+  }
+
+  // How often add_steps goes over the keys.
+  static int64_t passes_of(int rows, int64_t numbers) {
+    int64_t count = 0, step = kPairs / rows;
+    for (int64_t d = 0; d < numbers;)
+      if (d + step * n <= numbers || step == 1)
+        d += step * n, ++count;
+      else
+        step = smaller_step(rows, int(step));
+    return count;
+  }
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then the next smaller step's.
   template <int kR, int kV = kPairs / kR, class T>
   HEEDFUL_FN void add_steps(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,

@@ -202,8 +202,8 @@ struct Forward {
       return in_memory<E>(from);
   }
 
-  // What follows a task's last keys does not follow in memory: meanwhile rows come of its output, and of the queries
-  // that the thread takes next, as a rule; with them a short sequence's keys and values.
+  // What follows a task's last keys does not follow in memory: meanwhile, unless masks leave nothing of them, rows come
+  // of its output, and of the queries that the thread takes next, as a rule; with them a short sequence's keys, values.
   struct NextAhead {
     RowsAhead out, q, k, v;
   };

@@ -158,9 +158,12 @@ HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E
 // Pauses of a product of so many rows and lanes, at least.
 template <class E>
 HEEDFUL_FN int64_t pauses(int64_t rows, int64_t lanes, int64_t numbers) {
-  const int64_t vectors = (lanes + kLanes<E> - 1) / kLanes<E>, panels = (vectors + kVectors - 1) / kVectors;
-  const int64_t rows_of_tile = vectors <= kVectors / 2 ? 2 * kRows : kRows;
-  return panels * ((rows + rows_of_tile - 1) / rows_of_tile) * ((terms<E>(numbers) + kPace - 1) / kPace);
+  int64_t tiles = 0;
+  for_each_panel<E, true>(lanes, [&](int64_t, auto vectors) {
+    constexpr int kTile = kRows * kRowStep<vectors.value>;
+    tiles += (rows + kTile - 1) / kTile;
+  });
+  return tiles * ((terms<E>(numbers) + kPace - 1) / kPace);
 }
 
 // x rounded up to whole vectors.

@@ -40,11 +40,12 @@ HEEDFUL_FN Sum<E> query_scale(const Problem& p, int64_t b, int64_t h) {
   return scales_first(p) && !scales_products<E>(p) ? scale_of<Sum<E>>(p, b, h) : Sum<E>(1);
 }
 
-// Whether pairs keep the scores that products gave, as far as masks leave them; whether every pair of a tile does.
+// Whether pairs that masks leave keep the scores that products gave.
 template <class E>
 HEEDFUL_FN bool keeps_products(const Problem& p) {
   return !p.bias.data && !has_distances(p) && p.softcap == 0 && !scales_products<E>(p);
 }
+// Whether every pair of the tile does.
 template <class E>
 HEEDFUL_FN bool is_plain(const Problem& p, const Band& band, const Tile& t) {
   return !t.words && keeps_products<E>(p) && band.covers(t.i0, t.i1, t.j0, t.j1);
