@@ -2,6 +2,8 @@
 // wait for memory, and leave it idle afterwards.
 #pragma once
 
+#include <cassert>
+
 #include "masks.h"
 #include "microkernel.h"
 
@@ -50,6 +52,8 @@ struct Ahead {
     }
   }
   HEEDFUL_FN void take_next() { rows = then, then = {}; }
+  // That there were as many steps as was said, or more.
+  HEEDFUL_FN void expect_end() const { assert(rows.rows == 0); }
 };
 
 struct SumMeanwhile : WholeSum {
@@ -63,8 +67,9 @@ HEEDFUL_FN void multiply_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, c
                                    const RowsAhead& rows, const RowsAhead& then = {}) {
   if (rows.rows + then.rows == 0)
     return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
-  multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane,
-                 SumMeanwhile{{count}, Ahead(rows, then, pauses<E>(m1 - m0, lanes, count))});
+  const SumMeanwhile sum{{count}, Ahead(rows, then, pauses<E>(m1 - m0, lanes, count))};
+  multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, sum);
+  sum.ahead.expect_end();
 }
 
 HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }

@@ -50,6 +50,7 @@ struct FewRows {
       if (r + 2 <= rows) score_step<2>(scores, stride, q, dim, numbers, k, r, j, end, ahead), r += 2;
       if (r < rows) score_step<1>(scores, stride, q, dim, numbers, k, r, j, end, ahead);
     }
+    ahead.expect_end();
   }
 
   // Rows [r, r + kR) with the block's keys [j, end).
@@ -122,6 +123,7 @@ struct FewRows {
     Ahead ahead(meanwhile, {}, passes * ((terms<E>(keys) + kBetween - 1) / kBetween));
     for_each_step_of_rows<kTogether>(
         [&](int64_t r, auto count) { add_steps<count.value>(out, numbers, weights, v, keys, r, 0, ahead); });
+    ahead.expect_end();
   }
 
   // f(row, how many): kTogether where there are four or more, then two, then one.
