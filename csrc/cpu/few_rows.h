@@ -31,7 +31,7 @@ struct FewRows {
   static constexpr int kInOrder = 2;
   static bool reads_in_order(const Problem& p, int64_t rows) {
     return rows > 0 && rows <= kInOrder && p.k.stride[2] == p.D && p.v.stride[2] == p.Dv && p.Dv % n == 0 &&
-           in_one_step(p.Dv / n, rows);
+           passes_of(int(rows), p.Dv) == 1;
   }
 
   // ---- scores
@@ -145,6 +145,7 @@ struct FewRows {
         step = smaller_step(rows, int(step));
     return count;
   }
+
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then the next smaller step's.
   template <int kR, int kV = kPairs / kR, class T>
   HEEDFUL_FN void add_steps(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,
@@ -159,11 +160,6 @@ struct FewRows {
   // Up to 128 floats at D = 80, 96 and so on are one step of those that are read in order; pairs come two by two.
   static constexpr int smaller_step(int rows, int vectors) {
     return rows > kInOrder || vectors > 8 || vectors <= 2 ? vectors / 2 : vectors - (kBFloat16x2 ? 2 : 1);
-  }
-  static bool in_one_step(int64_t vectors, int64_t rows) {
-    int step = int(kPairs / rows);
-    while (step > vectors) step = smaller_step(int(rows), step);
-    return step == vectors;
   }
 
   template <int kR, int kV, class T>
