@@ -28,32 +28,52 @@ struct RowsAhead {
   int64_t lines() const { return rows * ((bytes + kLine - 1) / kLine); }
 };
 
-// Fetches rows in order, spread evenly over so many steps.
-struct Ahead {
+// Fetches rows in order, whole ones.
+struct RowByRow {
   RowsAhead rows, then;
+
+  explicit RowByRow(const RowsAhead& rows, const RowsAhead& then = {}) : rows(rows), then(then) {
+    if (!any()) take_next();
+  }
+  HEEDFUL_FN bool any() const { return rows.rows > 0; }
+  HEEDFUL_FN void fetch_rows(int count) {
+    for (; count > 0 && any(); --count) {
+      for (int64_t at = 0; at < rows.bytes; at += kLine) fetch_line(at);
+      take_row();
+    }
+  }
+  // That there were as many steps as was said, or more.
+  HEEDFUL_FN void expect_end() const { assert(!any()); }
+
+ protected:
+  // To the second cache: strides of 4096 have few places in the first.
+  HEEDFUL_FN void fetch_line(int64_t at) const {
+    if (rows.written)
+      __builtin_prefetch(rows.data + at, 1, 2);
+    else
+      __builtin_prefetch(rows.data + at, 0, 2);
+  }
+  HEEDFUL_FN void take_row() {
+    rows.data += rows.stride;
+    if (--rows.rows == 0) take_next();
+  }
+  HEEDFUL_FN void take_next() { rows = then, then = {}; }
+};
+
+// Fetches rows in order, their lines spread evenly over so many steps.
+struct Ahead : RowByRow {
   int64_t lines, steps;
   int64_t due = 0, at = 0;  // lines times steps; bytes of the first row that were fetched
 
   Ahead(const RowsAhead& rows, const RowsAhead& then, int64_t steps)
-      : rows(rows), then(then), lines(rows.lines() + then.lines()), steps(most<int64_t>(steps, 1)) {
-    if (rows.rows == 0) take_next();
-  }
+      : RowByRow(rows, then), lines(rows.lines() + then.lines()), steps(most<int64_t>(steps, 1)) {}
   HEEDFUL_FN void step() {
-    for (due += lines; due >= steps && rows.rows > 0; due -= steps) {
-      // To the second cache: strides of 4096 have few places in the first.
-      if (rows.written)
-        __builtin_prefetch(rows.data + at, 1, 2);
-      else
-        __builtin_prefetch(rows.data + at, 0, 2);
+    for (due += lines; due >= steps && any(); due -= steps) {
+      fetch_line(at);
       at += kLine;
-      if (at < rows.bytes) continue;
-      at = 0, rows.data += rows.stride;
-      if (--rows.rows == 0) take_next();
+      if (at >= rows.bytes) at = 0, take_row();
     }
   }
-  HEEDFUL_FN void take_next() { rows = then, then = {}; }
-  // That there were as many steps as was said, or more.
-  HEEDFUL_FN void expect_end() const { assert(rows.rows == 0); }
 };
 
 struct SumMeanwhile : WholeSum {

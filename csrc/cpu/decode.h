@@ -363,9 +363,9 @@ struct Decode {
     return {row_of<const S>(view, band.batch, hk, band.k_row + j), view.stride[2], view.stride[3]};
   }
 
-  // Rows [j0, j1) that are wanted soon, of those that there are; what is read in order comes by itself.
+  // Rows [j0, j1) that are wanted soon, of those that the band has; what is read in order comes by itself.
   RowsAhead keys_ahead(const View& view, int64_t dim, int64_t j0, int64_t j1) const {
-    j1 = least(j1, band.keys);
+    j1 = least(j1, band.end_key(band.queries - 1));
     if (j0 >= j1 || few_rows.in_order) return {};
     return ahead_of<S>(view, band.batch, hk, band.k_row + j0, j1 - j0, dim);
   }

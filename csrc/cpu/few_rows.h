@@ -19,9 +19,6 @@ struct FewRows {
   // Accumulators of a step, of rows x keys or rows x vectors: they hide the latency of an addition, in half of the
   // registers. What is loaded of K and V serves up to four rows.
   static constexpr int kPairs = HEEDFUL_VECTOR_REGISTERS / 2;
-  // More is asked for at every such step: to count takes registers from the products, which matters least where memory
-  // is their limit.
-  static constexpr int kBetween = HEEDFUL_VECTOR_REGISTERS < 32 ? 8 : sizeof(S) * kDepth<E> < sizeof(E) ? 4 : 1;
 
   int64_t rows;
   bool in_order;
@@ -37,12 +34,11 @@ struct FewRows {
   // ---- scores
 
   // scores[row * stride + key] of the rows of q; `numbers` is D, and a row of q has `dim` elements. Meanwhile other
-  // rows come. Each row is written up to a multiple of kPairs, which `stride` has to be.
+  // rows come, one for each key. Each row is written up to a multiple of kPairs, which `stride` has to be.
   template <class T>
   HEEDFUL_CALLED void score(C* scores, int64_t stride, const E* q, int64_t dim, int64_t numbers, const Rows<T>& k,
                             int64_t keys, const RowsAhead& meanwhile, const RowsAhead& then) const {
-    const int64_t together = kPairs / (rows >= 4 ? 4 : rows >= 2 ? 2 : 1);
-    Ahead ahead(meanwhile, then, (keys + together - 1) / together * ((dim / n + kBetween - 1) / kBetween));
+    RowByRow ahead(meanwhile, then);
     for (int64_t j = 0; j < keys; j += kPairs) {
       const int64_t end = least<int64_t>(j + kPairs, keys);
       int64_t r = 0;
@@ -56,7 +52,7 @@ struct FewRows {
   // Rows [r, r + kR) with the block's keys [j, end).
   template <int kR, class T>
   HEEDFUL_FN void score_step(C* scores, int64_t stride, const E* q_rows, int64_t dim, int64_t numbers, const Rows<T>& k,
-                             int64_t r, int64_t j, int64_t end, Ahead& ahead) const {
+                             int64_t r, int64_t j, int64_t end, RowByRow& ahead) const {
     constexpr int kJ = kPairs / kR;
     const int64_t present = terms<E>(numbers);
     for (; j < end; j += kJ) {
@@ -88,18 +84,11 @@ struct FewRows {
 #pragma GCC unroll 16
           for (int i = 0; i < kJ; ++i) add_product(i, d, x[i]);
         };
-        const auto ask = [&](int64_t d) {  // after the step's own loads, which would wait behind it
-          if (r == 0 && d % (kBetween * n) == 0) ahead.step();
-        };
-        for (int64_t d = 0; d < whole; d += n) {
-          add_products(d, [](const T* x) { return load_as(x, E()); });
-          ask(d);
-        }
-        if (whole < dim) {
-          add_products(whole, [&](const T* x) { return load_first<E>(x, present - whole); });
-          ask(whole);
-        }
+        for (int64_t d = 0; d < whole; d += n) add_products(d, [](const T* x) { return load_as(x, E()); });
+        if (whole < dim) add_products(whole, [&](const T* x) { return load_first<E>(x, present - whole); });
       }
+      // Whole rows, now that nothing is loaded: lines that are asked for one by one, between loads, come later.
+      if (r == 0) ahead.fetch_rows(kJ);
       C sums[kPairs];
 #pragma GCC unroll 8
       for (int x = 0; x < kPairs; x += n) store(sums + x, sum_each<C>(sum + x));
@@ -111,18 +100,18 @@ struct FewRows {
 
   // ---- values
 
-  // out[row][d] += sum of the keys; a row of `out` has padded Dv numbers. Meanwhile other rows come.
+  // out[row][d] += sum of the keys; a row of `out` has padded Dv numbers. Meanwhile other rows come, up to as many.
   template <class T>
   HEEDFUL_CALLED void add_values(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys,
                                  const RowsAhead& meanwhile) const {
     // Memory is read ahead in order: whole rows of v rather than halves of them, for two rows at a time. Where they are
-    // widened they serve four.
-    constexpr int kTogether = sizeof(T) == sizeof(E) || kBFloat16x2 ? 2 : 4;
+    // widened or joined they serve four.
+    constexpr int kTogether = sizeof(T) == sizeof(E) && !kBFloat16x2 ? 2 : 4;
     int64_t passes = 0;
     for_each_step_of_rows<kTogether>([&](int64_t, auto count) { passes += passes_of(count.value, numbers); });
-    Ahead ahead(meanwhile, {}, passes * ((terms<E>(keys) + kBetween - 1) / kBetween));
+    RowByRow ahead(meanwhile);
     for_each_step_of_rows<kTogether>(
-        [&](int64_t r, auto count) { add_steps<count.value>(out, numbers, weights, v, keys, r, 0, ahead); });
+        [&](int64_t r, auto count) { add_steps<count.value>(out, numbers, weights, v, keys, r, 0, passes, ahead); });
     ahead.expect_end();
   }
 
@@ -149,13 +138,13 @@ struct FewRows {
   // Rows [r, r + kR), as many vectors at a time as there are accumulators for, then the next smaller step's.
   template <int kR, int kV = kPairs / kR, class T>
   HEEDFUL_FN void add_steps(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,
-                            int64_t d, Ahead& ahead) const {
-    for (; d + kV * n <= numbers; d += kV * n) add_step<kR, kV>(out, numbers, weights, v, keys, r, d, ahead);
+                            int64_t d, int64_t passes, RowByRow& ahead) const {
+    for (; d + kV * n <= numbers; d += kV * n) add_step<kR, kV>(out, numbers, weights, v, keys, r, d, passes, ahead);
     if (d == numbers) return;
     if constexpr (kV > 1)
-      add_steps<kR, smaller_step(kR, kV)>(out, numbers, weights, v, keys, r, d, ahead);
+      add_steps<kR, smaller_step(kR, kV)>(out, numbers, weights, v, keys, r, d, passes, ahead);
     else
-      add_step<kR, 1>(out, numbers, weights, v, keys, r, d, ahead);
+      add_step<kR, 1>(out, numbers, weights, v, keys, r, d, passes, ahead);
   }
   // Up to 128 floats at D = 80, 96 and so on are one step of those that are read in order; pairs come two by two.
   static constexpr int smaller_step(int rows, int vectors) {
@@ -164,26 +153,28 @@ struct FewRows {
 
   template <int kR, int kV, class T>
   HEEDFUL_FN void add_step(C* out, int64_t numbers, const Rows<E>& weights, const Rows<T>& v, int64_t keys, int64_t r,
-                           int64_t d, Ahead& ahead) const {
+                           int64_t d, int64_t passes, RowByRow& ahead) const {
     Vec<C> sum[kR][kV];
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row)
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
     const E* weight = weights.data + r * weights.stride;
-    Ahead meanwhile = ahead;  // in registers
-    for (int64_t j = 0; j < terms<E>(keys); ++j) {
-      if (kR <= kInOrder && in_order)
-        fetch_later_page(v.data + j * kDepth<E> * v.stride, kDepth<E> * numbers * int64_t(sizeof(T)));
-      Vec<E> x[kV];
-      load_values(x, v, j, keys, d, numbers);
+    const int64_t end = terms<E>(keys), between = ahead.any() ? passes : end;
+    for (int64_t j = 0; j < end;) {
+      ahead.fetch_rows(kDepth<E>);
+      for (const int64_t until = least(j + between, end); j < until; ++j) {
+        if (kR <= kInOrder && in_order)
+          fetch_later_page(v.data + j * kDepth<E> * v.stride, kDepth<E> * numbers * int64_t(sizeof(T)));
+        Vec<E> x[kV];
+        load_values(x, v, j, keys, d, numbers);
 #pragma GCC unroll 4
-      for (int row = 0; row < kR; ++row) {
-        const Vec<E> y = broadcast_element(weight + row * weights.stride + j);
+        for (int row = 0; row < kR; ++row) {
+          const Vec<E> y = broadcast_element(weight + row * weights.stride + j);
 #pragma GCC unroll 16
-        for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
+          for (int i = 0; i < kV; ++i) sum[row][i] = multiply_add<E>(sum[row][i], y, x[i]);
+        }
       }
-      if (j % kBetween == 0) meanwhile.step();
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row) {
@@ -191,7 +182,6 @@ struct FewRows {
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
     }
-    ahead = meanwhile;
   }
 
   // Element j along the keys, of numbers d and on: whole vectors, or what there is of a single one.
