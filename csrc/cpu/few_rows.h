@@ -179,18 +179,25 @@ struct FewRows {
 #pragma GCC unroll 4
     for (int row = 0; row < kR; ++row) {
       C* to = out + (r + row) * padded<C>(numbers) + d;
+      if constexpr (kJoinsPairs<T> && kV > 1)
+#pragma GCC unroll 8
+        for (int i = 0; i < kV; i += 2) put_in_order(sum[row][i], sum[row][i + 1], typename LanesUpTo<n>::list{});
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) store(to + i * n, load(to + i * n) + sum[row][i]);
     }
   }
 
+  // Whether pairs are made of two rows in memory.
+  template <class T>
+  static constexpr bool kJoinsPairs = kBFloat16x2 && sizeof(T) < sizeof(E);
+
   // Element j along the keys, of numbers d and on: whole vectors, or what there is of a single one.
   template <int kV, class T>
   HEEDFUL_FN static void load_values(Vec<E> (&x)[kV], const Rows<T>& v, int64_t j, int64_t keys, int64_t d,
                                      int64_t numbers) {
-    if constexpr (kBFloat16x2 && sizeof(T) < sizeof(E)) {
+    if constexpr (kJoinsPairs<T>) {
       const T *first = v.data + 2 * j * v.stride + d, *second = 2 * j + 1 < keys ? first + v.stride : nullptr;
-      load_pairs_of_rows(x, first, second, numbers - d);
+      load_pairs_of_rows<false>(x, first, second, numbers - d);
     } else {
       const T* row = v.data + j * v.stride + d;
 #pragma GCC unroll 16

@@ -138,11 +138,13 @@ HEEDFUL_FN Vec<BFloat16x2> pair_up(Halves a, Halves b, LaneList<kLane...>) {
   return (Vec<BFloat16x2>)__builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * int(sizeof...(kLane)))...);
 }
 
-// Pairs of two rows, or of one and zeros: whole vectors, or what there is of a single one.
-template <int kV>
+// Pairs of two rows, or of one and zeros: whole vectors, or what there is of a single one. Vectors come in order or,
+// for less, two by two as put_in_order says.
+template <bool kInOrder = true, int kV>
 HEEDFUL_FN void load_pairs_of_rows(Vec<BFloat16x2> (&x)[kV], const BFloat16* first, const BFloat16* second,
                                    int64_t present) {
   constexpr int n = kLanes<BFloat16x2>;
+  using Lanes = typename LanesUpTo<2 * n>::list;
   if constexpr (kV == 1) {
     const Vec<float> a = load_first<float>(first, present);
     const Vec<float> b = second ? load_first<float>(second, present) : Vec<float>{};
@@ -151,10 +153,18 @@ HEEDFUL_FN void load_pairs_of_rows(Vec<BFloat16x2> (&x)[kV], const BFloat16* fir
 #pragma GCC unroll 8
     for (int i = 0; i < kV; i += 2) {
       const Halves a = load_halves(first + i * n), b = second ? load_halves(second + i * n) : Halves{};
-      x[i] = pair_up<0>(a, b, typename LanesUpTo<2 * n>::list{});
-      x[i + 1] = pair_up<n>(a, b, typename LanesUpTo<2 * n>::list{});
+      x[i] = kInOrder ? pair_up<0>(a, b, Lanes{}) : (Vec<BFloat16x2>)take_halves<uint16_t, true, false>(a, b);
+      x[i + 1] = kInOrder ? pair_up<n>(a, b, Lanes{}) : (Vec<BFloat16x2>)take_halves<uint16_t, true, true>(a, b);
     }
   }
+}
+// Sums of such vectors, in order: a has the first halves of eight numbers each, b the second ones.
+constexpr int lane_in_order(int lane) { return lane / 4 % 2 * kLanes<float> + lane / 8 * 4 + lane % 4; }
+template <int... kLane>
+HEEDFUL_FN void put_in_order(Vec<float>& a, Vec<float>& b, LaneList<kLane...>) {
+  const Vec<float> first = __builtin_shufflevector(a, b, lane_in_order(kLane)...);
+  b = __builtin_shufflevector(a, b, lane_in_order(kLanes<float> + kLane)...);
+  a = first;
 }
 
 // to[r][l] = (from(2 r, l), from(2 r + 1, l)) for l < width, a multiple of the vector; zero where there is no such row,

@@ -5,39 +5,61 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// ---- transposing a square of registers ------------------------------------------------------------------------------
+// ---- squares of registers -------------------------------------------------------------------------------------------
 
-// Rows a = r and b = r + kStep trade the lanes that lie on the wrong side of the diagonal.
-template <class T, int kStep, int... kLane>
-HEEDFUL_FN void trade(Vec<T>& a, Vec<T>& b, LaneList<kLane...>) {
-  constexpr int n = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? n + (kLane ^ kStep) : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? n + kLane : (kLane | kStep))...);
-  a = low;
+// Of two vectors, by the one cheap instruction that processors have: of each block of 128 bits the first or second
+// half, whose lanes alternate; or every other block, of a, then of b.
+template <class T, bool kWithin, bool kSecond>
+constexpr int lane_taken(int lane) {
+  constexpr int n = kLanes<T>, kBlock = 16 / sizeof(T);
+  const int block = lane / kBlock, at = lane % kBlock;
+  if (kWithin) return at % 2 * n + block * kBlock + at / 2 + kSecond * kBlock / 2;
+  return (2 * block + kSecond) * kBlock + at;
+}
+template <class T, bool kWithin, bool kSecond, int... kLane>
+HEEDFUL_FN Vec<T> take_halves(Vec<T> a, Vec<T> b, LaneList<kLane...>) {
+  return __builtin_shufflevector(a, b, lane_taken<T, kWithin, kSecond>(kLane)...);
+}
+template <class T, bool kWithin, bool kSecond>
+HEEDFUL_FN Vec<T> take_halves(Vec<T> a, Vec<T> b) {
+  return take_halves<T, kWithin, kSecond>(a, b, typename LanesUpTo<kLanes<T>>::list{});
 }
 
-template <class T, int kStep = 1>
+// Rows whose index differs in one bit trade halves, for each bit of a lane's index: those within a block from the
+// highest down, then those of blocks from the lowest up, which leaves every lane in its place.
+template <class T>
+constexpr int kFirstBit = 8 / sizeof(T);
+template <class T>
+constexpr int next_bit(int bit) {
+  return bit == 1 ? 16 / sizeof(T) : bit <= kFirstBit<T> ? bit / 2 : 2 * bit;
+}
+
+template <class T, int kBit = kFirstBit<T>>
 HEEDFUL_FN void transpose(Vec<T> (&rows)[kLanes<T>]) {
-  if constexpr (kStep < kLanes<T>) {
+  if constexpr (kBit < kLanes<T>) {
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes<T>; ++r)
-      if (!(r & kStep)) trade<T, kStep>(rows[r], rows[r | kStep], typename LanesUpTo<kLanes<T>>::list{});
-    transpose<T, 2 * kStep>(rows);
+      if (!(r & kBit)) {
+        const Vec<T> first = take_halves<T, kBit <= kFirstBit<T>, false>(rows[r], rows[r | kBit]);
+        rows[r | kBit] = take_halves<T, kBit <= kFirstBit<T>, true>(rows[r], rows[r | kBit]);
+        rows[r] = first;
+      }
+    transpose<T, next_bit<T>(kBit)>(rows);
   }
 }
 
 // Each of n vectors' lanes joined to one, in the vector's own lane of the result.
-template <class T, int kStep = 1, class F>
-HEEDFUL_FN Vec<T> join_each(Vec<T>* vectors, F join) {
-  if constexpr (kStep < kLanes<T>) {
+template <class T, int kBit = kFirstBit<T>, int kDone = 0, class F>
+HEEDFUL_FN Vec<T> join_each(Vec<T>* rows, F join) {
+  if constexpr (kBit < kLanes<T>) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kLanes<T> / kStep; r += 2) {
-      trade<T, kStep>(vectors[r], vectors[r + 1], typename LanesUpTo<kLanes<T>>::list{});
-      vectors[r / 2] = join(vectors[r], vectors[r + 1]);
-    }
-    return join_each<T, 2 * kStep>(vectors, join);
+    for (int r = 0; r < kLanes<T>; ++r)
+      if (!(r & (kDone | kBit)))
+        rows[r] = join(take_halves<T, kBit <= kFirstBit<T>, false>(rows[r], rows[r | kBit]),
+                       take_halves<T, kBit <= kFirstBit<T>, true>(rows[r], rows[r | kBit]));
+    return join_each<T, next_bit<T>(kBit), kDone | kBit>(rows, join);
   }
-  return vectors[0];
+  return rows[0];
 }
 template <class T>
 HEEDFUL_FN Vec<T> sum_each(Vec<T>* vectors) {
