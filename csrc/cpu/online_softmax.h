@@ -27,49 +27,45 @@ HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Ve
   constexpr int n = kLanes<C>;
   constexpr bool kBFloat16x2 = kDepth<E> == 2;
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
-  Vec<C> reference[kN], sum[kN];
-#pragma GCC unroll 4
-  for (int v = 0; v < kN; ++v) {
+  for (int v = 0; v < kN; ++v) {  // one after the other, which leaves more registers
     const Vec<C> before = load(maxima + v * n), top = maximum(load(tops + v * n), before);
-    reference[v] = softmax_reference(top, minus_infinity);
+    const Vec<C> reference = softmax_reference(top, minus_infinity);
+    const Vec<C> factor = exp2<C>(before - reference, to_log2);
     store(maxima + v * n, top);
-    store(rescale + v * n, exp2<C>(before - reference[v], to_log2));
-    sum[v] = Vec<C>{};
-  }
-  for_each_step<kInStep / kN>(0, keys, [&](int64_t j, auto rows) {
-    constexpr int kCount = rows.value * kN;
-    Vec<C> x[kCount], y[kCount];
+    store(rescale + v * n, factor);
+    const Vec<C> exponent = reference * to_log2;
+    Vec<C> sum = {};
+    for_each_step<kInStep>(0, keys, [&](int64_t j, auto rows) {
+      constexpr int kCount = rows.value;
+      C* const score = scores + (j * kN + v) * n;
+      Vec<C> x[kCount], y[kCount];
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      x[i] = load(scores + (j * kN + i) * n);
-      y[i] = x[i] - reference[i % kN];
-    }
-    if constexpr (kBFloat16x2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) y[i] *= to_log2;  // rounded, unlike exp2_each's product: one operation less
-      exp2_each<C, CoarseExp2>(y, broadcast<C>(1));
-    } else {
-      exp2_each<C>(y, to_log2);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      sum[i % kN] += y[i];
-      if constexpr (mark) y[i] = select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]);
-    }
-    if constexpr (kBFloat16x2)
-      if (joined) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i)
-          if (i / kN % 2 == 0)
-            store(joined + (j / 2 * kN + i / kN / 2 * kN + i % kN) * n,
-                  join(y[i], i + kN < kCount ? y[i + kN] : Vec<C>{}));
-        return;
+      for (int i = 0; i < kCount; ++i) {
+        x[i] = load(score + i * kN * n);
+        // exp2_each's product is exact; the other, an operation less, is of a rounded exponent.
+        y[i] = kBFloat16x2 ? x[i] * to_log2 - exponent : x[i] - reference;
       }
+      if constexpr (kBFloat16x2)
+        coarse_exp2_each(y);
+      else
+        exp2_each<C>(y, to_log2);
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) store(scores + (j * kN + i) * n, y[i]);
-  });
-#pragma GCC unroll 4
-  for (int v = 0; v < kN; ++v) store(sums + v * n, load(sums + v * n) * load(rescale + v * n) + sum[v]);
+      for (int i = 0; i < kCount; ++i) {
+        sum += y[i];
+        if constexpr (mark) y[i] = select(x[i] == minus_infinity, broadcast<C>(C(-1)), y[i]);
+      }
+      if constexpr (kBFloat16x2)
+        if (joined) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kCount; i += 2)
+            store(joined + ((j + i) / 2 * kN + v) * n, join(y[i], i + 1 < kCount ? y[i + 1] : Vec<C>{}));
+          return;
+        }
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) store(score + i * kN * n, y[i]);
+    });
+    store(sums + v * n, load(sums + v * n) * factor + sum);
+  }
 }
 
 // Scores become probabilities relative to the new maximum, of earlier ones and `tops`; `rescale` takes earlier ones to
