@@ -464,7 +464,7 @@ struct Backward : BackwardTasks {
         // No score is above lse, but for rounding, which for huge scores is huge.
         probability[i] = minimum(Vec<C>{}, score[i] - state[r + i / kN].lse);
       }
-      exp2_each<C>(probability, to_log2);
+      exp2_each_as<E>(probability, to_log2);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const RowState<C>& row = state[r + i / kN];

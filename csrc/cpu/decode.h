@@ -438,12 +438,18 @@ struct Decode {
         C* x = scores + (r + i) * stride;
         const Vec<C> from = broadcast<C>(reference[i]);
         Vec<C> sum = {};
-        for (int64_t j = 0; j < width; j += n) {
-          const Vec<C> score = load(x + j);
-          const Vec<C> y = exp2<C>(score - from, to_log2);
-          sum += y;
-          store(x + j, careful ? select(score == minus_infinity, broadcast<C>(C(-1)), y) : y);
-        }
+        for_each_step<4>(0, width / n, [&](int64_t at, auto vectors) {
+          constexpr int kCount = vectors.value;
+          Vec<C> score[kCount], y[kCount];
+#pragma GCC unroll 4
+          for (int v = 0; v < kCount; ++v) score[v] = y[v] = load(x + (at + v) * n);
+          to_probabilities<E>(y, from, to_log2);
+#pragma GCC unroll 4
+          for (int v = 0; v < kCount; ++v) {
+            sum += y[v];
+            store(x + (at + v) * n, careful ? select(score[v] == minus_infinity, broadcast<C>(C(-1)), y[v]) : y[v]);
+          }
+        });
         each[i] = sum;
       }
       store(part.sum + r, load(part.sum + r) * factors + sum_each<C>(each));

@@ -21,6 +21,21 @@ HEEDFUL_FN void find_tops(const C* scores, int64_t keys, C* tops) {
   for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
 }
 
+// Scores become 2^((x - reference) to_log2).
+template <class E, int kCount, class C = Sum<E>>
+HEEDFUL_FN void to_probabilities(Vec<C> (&x)[kCount], Vec<C> reference, Vec<C> to_log2) {
+  if constexpr (kDepth<E> == 2) {  // an operation less than exp2_each's exact product
+    const Vec<C> exponent = reference * to_log2;
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) x[i] = x[i] * to_log2 - exponent;
+    coarse_exp2_each(x);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) x[i] -= reference;
+    exp2_each<C>(x, to_log2);
+  }
+}
+
 template <int kN, bool mark, class E, class C = Sum<E>>
 HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima,
                               C* sums, C* rescale) {
@@ -33,22 +48,14 @@ HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Ve
     const Vec<C> factor = exp2<C>(before - reference, to_log2);
     store(maxima + v * n, top);
     store(rescale + v * n, factor);
-    const Vec<C> exponent = reference * to_log2;
     Vec<C> sum = {};
     for_each_step<kInStep>(0, keys, [&](int64_t j, auto rows) {
       constexpr int kCount = rows.value;
       C* const score = scores + (j * kN + v) * n;
       Vec<C> x[kCount], y[kCount];
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) {
-        x[i] = load(score + i * kN * n);
-        // exp2_each's product is exact; the other, an operation less, is of a rounded exponent.
-        y[i] = kBFloat16x2 ? x[i] * to_log2 - exponent : x[i] - reference;
-      }
-      if constexpr (kBFloat16x2)
-        coarse_exp2_each(y);
-      else
-        exp2_each<C>(y, to_log2);
+      for (int i = 0; i < kCount; ++i) x[i] = y[i] = load(score + i * kN * n);
+      to_probabilities<E>(y, reference, to_log2);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         sum += y[i];

@@ -66,6 +66,18 @@ HEEDFUL_FN Vec<Sum<E>> multiply_add(Vec<Sum<E>> sum, Vec<E> a, Vec<E> b) {
   }
 }
 
+// 2^(x factor), each to become numbers of an operand.
+template <class E, int kCount>
+HEEDFUL_FN void exp2_each_as(Vec<Sum<E>> (&x)[kCount], Vec<Sum<E>> factor) {
+  if constexpr (kDepth<E> == 1) {
+    exp2_each<E>(x, factor);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) x[i] *= factor;
+    coarse_exp2_each(x);
+  }
+}
+
 // b, but zero where its number is not present: present(0), and present(1) of a pair's second.
 template <class E, class F>
 HEEDFUL_FN Vec<E> where_present(Vec<E> b, F present) {
