@@ -21,19 +21,12 @@ HEEDFUL_FN void find_tops(const C* scores, int64_t keys, C* tops) {
   for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
 }
 
-// Scores become 2^((x - reference) to_log2).
+// Scores become 2^((x - reference) to_log2), in this order: huge ones would be left with the rounding of a product.
 template <class E, int kCount, class C = Sum<E>>
 HEEDFUL_FN void to_probabilities(Vec<C> (&x)[kCount], Vec<C> reference, Vec<C> to_log2) {
-  if constexpr (kDepth<E> == 2) {  // an operation less than exp2_each's exact product
-    const Vec<C> exponent = reference * to_log2;
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) x[i] = x[i] * to_log2 - exponent;
-    coarse_exp2_each(x);
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) x[i] -= reference;
-    exp2_each<C>(x, to_log2);
-  }
+  for (int i = 0; i < kCount; ++i) x[i] -= reference;
+  exp2_each_as<E>(x, to_log2);
 }
 
 template <int kN, bool mark, class E, class C = Sum<E>>
