@@ -383,10 +383,11 @@ def test_scores_of_every_size(dtype: torch.dtype, backend: Backend) -> None:
         torch.testing.assert_close(results["lse"], want, rtol=1e-5, atol=math.log(150))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.short)
 @pytest.mark.parametrize("scale", [1.0, 0.3, -0.7], ids=str)
 def test_far_scores_pick_one_key(scale: float, dtype: torch.dtype, backend: Backend) -> None:
     """Where one score is far above the others its weight is 1, however large they are: forward, and backward again."""
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for size in (1e2, 1e4, 1e6, 1e7, 1e8, 1e9, 1e12, 1e30):
         problem = build(Case((1, 1, 1, 70, 150, 1, 3), scale=scale), dtype, backend.device)
         problem.q[:] = torch.where(problem.q < 0, -1.0, 1.0)
@@ -395,5 +396,5 @@ def test_far_scores_pick_one_key(scale: float, dtype: torch.dtype, backend: Back
         truth = problem.truth().values
         for name in ("out", "dv"):
             torch.testing.assert_close(
-                results[name].double().cpu(), truth[name], rtol=1e-4, atol=1e-4, msg=f"{name} {size}"
+                results[name].double().cpu(), truth[name], rtol=tolerance, atol=tolerance, msg=f"{name} {size}"
             )

@@ -1,5 +1,5 @@
-// Memory that is wanted next comes to the second cache while something else is computed, at an even pace: bursts would
-// wait for memory, and leave it idle afterwards.
+// Memory that is wanted next comes to the second cache while something else is computed: at an even pace within large
+// products, where bursts would wait for memory and leave it idle afterwards; else whole rows at a time.
 #pragma once
 
 #include <cassert>
@@ -42,7 +42,7 @@ struct RowByRow {
       take_row();
     }
   }
-  // That there were as many steps as was said, or more.
+  // That it was asked often enough.
   HEEDFUL_FN void expect_end() const { assert(!any()); }
 
  protected:

@@ -160,6 +160,7 @@ struct FewRows {
 #pragma GCC unroll 16
       for (int i = 0; i < kV; ++i) sum[row][i] = Vec<C>{};
     const E* weight = weights.data + r * weights.stride;
+    // Each of the passes asks for its share of the rows: for one, or two, every `passes` elements.
     const int64_t end = terms<E>(keys), between = ahead.any() ? passes : end;
     for (int64_t j = 0; j < end;) {
       ahead.fetch_rows(kDepth<E>);

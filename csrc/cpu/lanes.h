@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../problem.h"
 #include "../score/target.h"
@@ -91,6 +92,7 @@ HEEDFUL_FN V select(M mask, V a, V b) {
 // b where a or b is NaN, as the processor's own instruction has it, which GCC does not always find.
 template <class V>
 HEEDFUL_FN V maximum(V a, V b) {
+  static_assert(std::is_floating_point_v<decltype(a[0] + 0)>);
 #if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
   if constexpr (sizeof(a[0]) == sizeof(float)) return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
   return (V)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
@@ -103,6 +105,7 @@ HEEDFUL_FN V maximum(V a, V b) {
 }
 template <class V>
 HEEDFUL_FN V minimum(V a, V b) {
+  static_assert(std::is_floating_point_v<decltype(a[0] + 0)>);
 #if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
   if constexpr (sizeof(a[0]) == sizeof(float)) return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
   return (V)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
@@ -144,22 +147,16 @@ HEEDFUL_FN Vec<Int<T>> not_finite(Vec<T> v) {
 // n + r with |r| <= 1/2; a polynomial in r, and n as the exponent. Adding 1.5 * 2^mantissa and -kLowest rounds to n,
 // and leaves n - kLowest in the low bits: an exponent's field of 0, which is that of 0, where n has come to kLowest.
 // What such exponents lack to the bias, the polynomial has. With a fused multiply-add x factor is never rounded itself.
-// The polynomial's highest term has a factor of 1 then: its first step is an addition, which other units do.
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
-  static constexpr float kLowest = -114.0f, kRound = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kLacking = 8192;                          // 2^(127 + kLowest)
+  static constexpr float kLowest = -116.0f, kRound = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float kLacking = 2048;                          // 2^(127 + kLowest)
   static constexpr int kMantissa = 23, kDegree = 6;
-  // Relative error 3.1e-8 on [-1/2, 1/2], below the rounding of the steps.
-  static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147182f,   0.240225643f,   0.0555039719f,
-                                                     0.00962933525f, 0.00133775023f, 1.0f / kLacking};
-};
-// Relative error 2.8e-6, none at 0.
-struct CoarseExp2 : Exp2<float> {
-  static constexpr int kDegree = 4;
-  static constexpr float kPolynomial[kDegree + 1] = {1.0f, 0.6931242f, 0.24024063f, 0.055906624f, 0.00958451f};
+  // Relative error 2.1e-8 on [-1/2, 1/2], below the rounding of the steps.
+  static constexpr float kPolynomial[kDegree + 1] = {1.0f,           0.693147242f,   0.240226522f,   0.0555031039f,
+                                                     0.00961769279f, 0.00134066434f, 0.000155946778f};
 };
 template <>
 struct Exp2<double> {
@@ -176,8 +173,9 @@ struct Exp2<double> {
 
 // Of several vectors, in step: one by one, each would wait for its own last result. Registers hold three of each.
 constexpr int kInStep = HEEDFUL_VECTOR_REGISTERS / 4;
-template <class T, class E = Exp2<T>, int kCount>
+template <class T, int kCount>
 HEEDFUL_FN void exp2_each(Vec<T> (&x)[kCount], Vec<T> factor) {
+  using E = Exp2<T>;
   const Vec<T> round = broadcast<T>(E::kRound - E::kLowest), low = broadcast<T>(E::kLowest) / factor;
   Vec<T> shifted[kCount], r[kCount], y[kCount];
 #pragma GCC unroll 8
@@ -196,8 +194,8 @@ HEEDFUL_FN void exp2_each(Vec<T> (&x)[kCount], Vec<T> factor) {
   for (int i = 0; i < kCount; ++i)  // a product, so that NaN stays NaN
     x[i] = y[i] * (Vec<T>)((Vec<Int<T>>)shifted[i] << E::kMantissa);
 }
-// 2^x of what is rounded to bfloat16 next. Where there are instructions for both, x is reduced to [0, 1), and the power
-// of two comes last, of which as little is left out as float32 has no number for.
+// 2^x of what goes into products of bfloat16, likewise. Where there are instructions for both, x is reduced to [0, 1],
+// and the power of two comes last.
 template <int kCount>
 HEEDFUL_FN void coarse_exp2_each(Vec<float> (&x)[kCount]) {
 #if defined(__AVX512DQ__) && HEEDFUL_VECTOR_BYTES == 64
@@ -214,9 +212,12 @@ HEEDFUL_FN void coarse_exp2_each(Vec<float> (&x)[kCount]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) y[i] = y[i] * r[i] + broadcast<float>(kPolynomial[k]);
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) x[i] = (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)y[i], (__m512)x[i]);
+  for (int i = 0; i < kCount; ++i) {
+    const auto high = _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(Exp2<float>::kLowest), _CMP_NLT_UQ);
+    x[i] = (Vec<float>)_mm512_maskz_scalef_ps(high, (__m512)y[i], (__m512)x[i]);
+  }
 #else
-  exp2_each<float, CoarseExp2>(x, broadcast<float>(1));
+  exp2_each<float>(x, broadcast<float>(1));
 #endif
 }
 // f(row, number of rows) for [row, end), kAtOnce together, of the rest half as many, and so on.
