@@ -92,6 +92,21 @@ HEEDFUL_FN void multiply_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, c
   sum.ahead.expect_end();
 }
 
+// Likewise, of kN vectors, each over its span of the sum.
+template <int kN>
+struct SpansMeanwhile : SumMeanwhile {
+  Spans<kN> spans;
+};
+template <int kN, Onto onto, class E, Unit unit>
+HEEDFUL_CALLED void multiply_spans_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride,
+                                             Sum<E>* c, int64_t c_stride, Sum<E>* per_lane, const Spans<kN>& spans,
+                                             const RowsAhead& rows, const RowsAhead& then) {
+  const int64_t steps = pauses<E>(m1 - m0, kN * kLanes<E>, spans.count());
+  const SpansMeanwhile<kN> sum{{{spans.count()}, Ahead(rows, then, steps)}, spans};
+  multiply_panel<kN, onto>(a, m0, m1, b, b_stride, c, c_stride, per_lane, sum);
+  sum.ahead.expect_end();
+}
+
 HEEDFUL_FN int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 // A tile's part of a [B, Hq, Sq, Sk] tensor of elements of `size` bytes. Nothing comes of rows that lie otherwise.
 HEEDFUL_FN RowsAhead ahead_of(const View& view, int64_t size, const Tile& t) {

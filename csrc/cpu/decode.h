@@ -334,6 +334,7 @@ struct Decode {
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     for_each_panel_of_rows([&](int64_t r, int64_t count, auto vectors) {
       constexpr int kN = vectors.value, width = kN * n;
+      const auto all = Spans<kN>::all(keys);
       alignas(64) C top[width], rescale[width];
       for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
       C* scores = s.scores + r * kKeys;
@@ -343,9 +344,9 @@ struct Decode {
                                                            r ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
       if (!band.covers(0, band.queries, j0, j1)) {
         mask_lanes(j0, j1, r, count, scores, width);
-        find_tops<kN, C>(scores, keys, top);
+        find_tops<kN, C>(scores, all, top);
       }
-      online_softmax<kN, E>(scores, joined, keys, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);
+      online_softmax<kN, E>(scores, joined, all, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);
       rescale_rows(r, count, rescale);
     });
   }

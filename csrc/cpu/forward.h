@@ -70,12 +70,14 @@ struct Forward {
   }
   static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
 
-  // Smaller ones where there would be too few for several threads. Results do not depend on it: a query's key blocks
-  // lie where they lie, and masked keys add nothing.
+  // Smaller ones where there would be too few for several threads, and for windows narrower than they are. Results do
+  // not depend on it: a query's key blocks lie where they lie, and masked keys add nothing.
   static int64_t block_queries(const Problem& p) {
     constexpr int64_t kFewTasks = 4;
     const int64_t small = least<int64_t>(kQueries, 2 * kVectors * n);
-    return p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks ? small : kQueries;
+    const auto side = [](int64_t keys) { return clamp(keys, -kQueries, 2 * kQueries); };
+    const bool narrow = side(p.left) + side(p.right) + 1 < kQueries;
+    return narrow || p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks ? small : kQueries;
   }
   static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
 
@@ -228,9 +230,6 @@ struct Forward {
     Rows<E> k, v;
     NextAhead ahead;  // of the last one
   };
-  struct Panel {
-    int64_t lane, width;  // the first, and how many
-  };
 
   void attend(bool careful) const {
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
@@ -252,25 +251,16 @@ struct Forward {
       const Block block{tile, key_rows(j0, j1), s.best ? Rows<E>{} : value_rows(j0, j1),
                         j1 == end_key ? next_ahead() : NextAhead{}};
       if (s.parts.distances) load_distances<InLanes::queries>(s.parts.distances, lanes(), p, band, tile);
-      for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) {
-        const Panel panel{l, vectors.value * n};
-        if constexpr (vectors.value == 4)
-          if (halves_pay(i0 + l, j0, j1)) {
-            attend_part<2>(block, panel, 0, careful);
-            attend_part<2>(block, panel, 2 * n, careful);
-            return;
-          }
-        attend_part<vectors.value>(block, panel, 0, careful);
-      });
+      for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) { attend_block<vectors.value>(block, l, careful); });
     }
   }
 
-  // kN vectors of a panel, from lane `first` on, over the keys of a block that they see.
+  // A panel, from lane l on, over the keys of a block that it sees.
   template <int kN>
-  HEEDFUL_FN void attend_part(const Block& block, Panel panel, int64_t first, bool careful) const {
+  HEEDFUL_FN void attend_block(const Block& block, int64_t l, bool careful) const {
     // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding must
     // not change how the others are computed.
-    const int64_t i = i0 + panel.lane + first, end = least(least(i1, band.queries), i + kN * n);
+    const int64_t i = i0 + l, end = least(least(i1, band.queries), i + kN * n);
     if (end <= i) return;
     const Tile& all = block.tile;
     Block part = block;
@@ -279,61 +269,82 @@ struct Forward {
     if (tile.j0 >= tile.j1) return;
     part.k.data += (tile.j0 - all.j0) * part.k.stride;
     part.v.data += terms<E>(tile.j0 - all.j0) * part.v.stride;
-    if (panel.lane + first > 0) part.ahead = {};
-    attend_panel<kN>(part, distances_of<InLanes::queries>(s.parts, all, tile), panel, first, careful);
+    if (l > 0) part.ahead = {};
+    attend_panel<kN>(part, distances_of<InLanes::queries>(s.parts, all, tile), l, careful);
   }
   // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
   int64_t first_key_of(int64_t i) const { return band.first_key(i) / kDepth<E> * kDepth<E>; }
   int64_t end_key_of(int64_t i) const { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); }
 
-  // Whether a band's edge leaves out so many of the keys for one half of a panel that halves, though each is a little
-  // slower, are faster.
-  bool halves_pay(int64_t i, int64_t j0, int64_t j1) const {
-    const int64_t half = i + 2 * n, end = least(least(i1, band.queries), i + 4 * n);
-    if (half >= end) return false;
-    const int64_t first = most(j0, band.first_key(i)), last = least(j1, band.end_key(end - 1));
-    const int64_t left_out = most(first, band.first_key(half)) - first + last - least(last, band.end_key(half - 1));
-    return left_out * 16 > last - first;
+  // The keys of a tile that each vector of its queries sees; all of them where a window is narrower than the vectors.
+  template <int kN>
+  Spans<kN> spans_of(const Tile& tile) const {
+    const int64_t keys = tile.j1 - tile.j0, first_whole = terms<E>(band.first_key(tile.i1 - 1)) * kDepth<E>;
+    int64_t end_whole = band.end_key(tile.i0);
+    if (end_whole < band.keys) end_whole = end_whole / kDepth<E> * kDepth<E>;
+    if (first_whole > end_whole) return Spans<kN>::all(keys);
+    Spans<kN> spans;
+    const auto in_tile = [&](int64_t key) { return clamp(key - tile.j0, 0, keys); };
+    for (int v = 0; v < kN; ++v) {
+      const int64_t i = tile.i0 + v * n, last = least(i + n, tile.i1) - 1;
+      spans.first[v] = in_tile(i < tile.i1 ? first_key_of(i) : first_whole);
+      spans.end[v] = in_tile(end_key_of(last));
+    }
+    spans.first_whole = in_tile(first_whole), spans.end_whole = in_tile(end_whole);
+    return spans;
   }
 
-  // That part of a panel over the keys of a tile.
+  // A panel over the keys of a tile.
   template <int kN>
-  HEEDFUL_FN void attend_panel(const Block& part, const C* distances, Panel panel, int64_t first, bool careful) const {
+  HEEDFUL_FN void attend_panel(const Block& part, const C* distances, int64_t l, bool careful) const {
     constexpr int width = kN * n;
     const auto& [tile, k, v, ahead] = part;
-    const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p), l = panel.lane + first;
+    const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
+    const Spans<kN> spans = spans_of<kN>(tile);
+    const bool by_parts = !spans.whole() && !tile.words && keeps_products<E>(p);
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    multiply_meanwhile<Onto::nothing_topped, E, Unit::k>(
-        {k.data, k.stride}, 0, keys, s.q + panel.lane * terms<E>(dim) + first, panel.width, s.scores, width, width, top,
-        dim, p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : ahead.q, ahead.out);
-    if (!is_plain<E>(p, band, tile)) {
+    RowsAhead rows = p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : ahead.q, then = ahead.out;
+    spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
+      const Vec<C> before = load(top + most(edge, 0) * n);
+      multiply_meanwhile<Onto::nothing_topped, E, Unit::k>(
+          {k.data + from * k.stride, k.stride}, 0, to - from, s.q + l * terms<E>(dim) + lo * n, width,
+          s.scores + from * width + lo * n, width, (hi - lo) * n, top + lo * n, dim, rows, then);
+      rows = then = {};
+      if (edge >= 0 && by_parts)
+        store(top + edge * n, mask_edge<C>(band, tile, edge * n, from, to, s.scores + edge * n, width, before));
+    });
+    if (!by_parts && !is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
-      find_tops<kN, C>(s.scores, keys, top);
+      find_tops<kN, C>(s.scores, spans, top);
     }
-    if (s.best) return find_best<kN>(tile, l);
+    if (s.best) return find_best<kN>(spans, tile.j0, l);
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // dropout comes before pairs are joined
-    online_softmax<kN, E>(s.scores, joined, keys, to_log2, top, s.maximum + l, s.sum + l, rescale, careful);
+    online_softmax<kN, E>(s.scores, joined, spans, to_log2, top, s.maximum + l, s.sum + l, rescale, careful);
     if (s.parts.keep) {
       load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
       if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     }
-    C* out = s.out + panel.lane * p.Dv + first;
+    C* out = s.out + l * p.Dv;
     if (careful)
-      add_values_carefully<kN>(keys, v, out, panel.width, rescale);
+      add_values_carefully<kN>(spans, v, out, rescale);
+    else if (spans.same())
+      multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
+                                                       rescale, keys, ahead.k, ahead.v);
     else
-      multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, panel.width,
-                                                       width, rescale, keys, ahead.k, ahead.v);
+      multiply_spans_meanwhile<kN, Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out,
+                                                                 width, rescale, spans, ahead.k, ahead.v);
   }
 
   template <int kN>
-  HEEDFUL_FN void add_values_carefully(int64_t keys, Rows<E> v, C* out, int64_t stride, const C* rescale) const {
+  HEEDFUL_FN void add_values_carefully(const Spans<kN>& keys, Rows<E> v, C* out, const C* rescale) const {
+    constexpr int stride = kN * n;
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
         Vec<C> sum = {};  // in the order of `multiply`: the bits do not depend on the way
-        for (int64_t j = 0; j < terms<E>(keys); ++j) {
+        for (int64_t j = keys.first[x] / kDepth<E>; j < terms<E>(keys.end[x]); ++j) {
           const Vec<E> weight = load(s.weights + (j * kN + x) * n);
           sum = multiply_add<E>(sum, where_unmarked<E>(broadcast_element(v.data + j * v.stride + d), weight), weight);
         }
@@ -349,17 +360,17 @@ struct Forward {
   // Hard attention: the largest score and its key, of equal ones the first. A NaN is larger than all; a sink, which the
   // search starts with, has to be larger than every score.
   template <int kN>
-  HEEDFUL_FN void find_best(const Tile& tile, int64_t l) const {
+  HEEDFUL_FN void find_best(const Spans<kN>& keys, int64_t j0, int64_t l) const {
     const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
     for (int v = 0; v < kN; ++v) {
       Vec<C> top = load(s.maximum + l + v * n);
       Vec<Int<C>> best = load(s.best + l + v * n);
-      for (int64_t j = 0; j < tile.j1 - tile.j0; ++j) {
+      for (int64_t j = keys.first[v]; j < keys.end[v]; ++j) {
         const Vec<C> x = load(s.scores + (j * kN + v) * n);
         const auto first = (x == top) & (best == kNoKey) & (x != minus_infinity);
         const auto better = (x > top) | first | ((x != x) & (top == top));
         top = select(better, x, top);
-        best = select(better, broadcast<Int<C>>(Int<C>(tile.j0 + j)), best);
+        best = select(better, broadcast<Int<C>>(Int<C>(j0 + j)), best);
       }
       store(s.maximum + l + v * n, top);
       store(s.best + l + v * n, best);

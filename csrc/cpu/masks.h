@@ -128,6 +128,28 @@ HEEDFUL_CALLED bool find_masks(const Problem& p, InLanes in_lanes, uint64_t (*wo
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
+// Likewise, of the queries from row `query` of the tile on, one vector, and its keys [from, to), where the band alone
+// leaves some out. Returns the largest scores, of `top` as well.
+template <class C>
+HEEDFUL_FN Vec<C> mask_edge(const Band& band, const Tile& t, int64_t query, int64_t from, int64_t to, C* s,
+                            int64_t stride, Vec<C> top) {
+  using I = Int<C>;
+  constexpr int n = kLanes<C>;
+  const int64_t i = t.i0 + query, keys = t.j1 - t.j0;
+  // Both limits go up by one with each query, but for those that all of the tile's keys are within.
+  const auto limits = [&](int64_t of_first) { return iota<I>() + broadcast<I>(I(clamp(of_first - t.j0, -n, keys))); };
+  const bool open_left = band.left == kUnbounded, open_right = band.right == kUnbounded;
+  const Vec<I> first = open_left ? Vec<I>{} : limits(band.start + i - band.left);
+  const Vec<I> end = open_right ? broadcast<I>(I(keys)) : limits(band.start + i + band.right + 1);
+  for (int64_t j = from; j < to; ++j) {
+    const Vec<I> key = broadcast<I>(I(j));
+    const Vec<C> x = select((key >= first) & (key < end), load(s + j * stride), broadcast<C>(-kInfinity<C>));
+    store(s + j * stride, x);
+    top = maximum(x, top);
+  }
+  return top;
+}
+
 // s[row * stride + lane] = -inf where a pair of the tile is absent. `width` is the tile's lanes rounded up to whole
 // vectors. With keys in lanes they have to lie in one word.
 template <InLanes in_lanes, class C>

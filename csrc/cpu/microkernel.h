@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operands.h"
+#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -36,33 +37,41 @@ HEEDFUL_FN void multiply_tile(Operand<E, unit> a, int64_t m, int64_t k0, int64_t
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kN; ++v) sum[i][v] = Vec<Sum<E>>{};
-  const E* left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
-  const E* right = b + k0 * b_stride;
-  const auto add_product = [&] {
+  const E *left, *right;
+  const auto add_product = [&](auto lo, auto hi) __attribute__((always_inline)) {
     Vec<E> row[kN];
 #pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) row[v] = load(right + v * n);
+    for (int v = lo.value; v < hi.value; ++v) row[v] = load(right + v * n);
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {
       const Vec<E> x = broadcast_element(unit == Unit::k ? left + i * a.stride : left + i);
 #pragma GCC unroll 4
-      for (int v = 0; v < kN; ++v) sum[i][v] = multiply_add<E>(sum[i][v], x, row[v]);
+      for (int v = lo.value; v < hi.value; ++v) sum[i][v] = multiply_add<E>(sum[i][v], x, row[v]);
     }
     left += unit == Unit::k ? 1 : a.stride;
     right += b_stride;
   };
-  const auto add_products = [&](int64_t count) {
+  const auto add_products = [&](int64_t count, auto lo, auto hi) __attribute__((always_inline)) {
     constexpr int kUnrolled = 4;  // fewer loops' ends to mispredict: 3 to 5 %
     for (; count >= kUnrolled; count -= kUnrolled)
 #pragma GCC unroll 4
-      for (int x = 0; x < kUnrolled; ++x) add_product();
-    for (; count > 0; --count) add_product();
+      for (int x = 0; x < kUnrolled; ++x) add_product(lo, hi);
+    for (; count > 0; --count) add_product(lo, hi);
   };
-  if constexpr (requires { range.pause(); }) {
-    for (int64_t k = k0; k < k1; k += kPace) range.pause(), add_products(least(kPace, k1 - k));
-  } else {
-    add_products(k1 - k0);
-  }
+  const auto add_between = [&](int64_t k0, int64_t k1, auto lo, auto hi) __attribute__((always_inline)) {
+    left = unit == Unit::k ? a.data + m * a.stride + k0 : a.data + m + k0 * a.stride;
+    right = b + k0 * b_stride;
+    if constexpr (requires { range.pause(); })
+      for (int64_t k = k0; k < k1; k += kPace) range.pause(), add_products(least(kPace, k1 - k), lo, hi);
+    else
+      add_products(k1 - k0, lo, hi);
+  };
+  if constexpr (requires { range.spans; })
+    range.spans.for_each_run([&](int64_t from, int64_t to, auto lo, auto hi) __attribute__((always_inline)) {
+      add_between(from / kDepth<E>, terms<E>(to), lo, hi);
+    });
+  else
+    add_between(k0, k1, Constant<0>{}, Constant<kN>{});
 #pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
@@ -124,7 +133,7 @@ HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const
 }
 
 // The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h). Some do
-// something else at each pause (ahead.h).
+// something else at each pause, and some have a span for each vector (ahead.h).
 struct WholeSum {
   int64_t count;
   HEEDFUL_FN int64_t first(int64_t, int64_t) const { return 0; }

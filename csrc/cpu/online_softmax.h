@@ -4,21 +4,19 @@
 
 #include "../score/softmax.h"
 #include "operands.h"
+#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
 // The largest score of each query.
 template <int kN, class C>
-HEEDFUL_FN void find_tops(const C* scores, int64_t keys, C* tops) {
+HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {
   constexpr int n = kLanes<C>;
-  Vec<C> top[kN];
-#pragma GCC unroll 4
-  for (int v = 0; v < kN; ++v) top[v] = broadcast<C>(-kInfinity<C>);
-  for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 4
-    for (int v = 0; v < kN; ++v) top[v] = maximum(load(scores + (j * kN + v) * n), top[v]);
-#pragma GCC unroll 4
-  for (int v = 0; v < kN; ++v) store(tops + v * n, top[v]);
+  for (int v = 0; v < kN; ++v) {
+    Vec<C> top = broadcast<C>(-kInfinity<C>);
+    for (int64_t j = keys.first[v]; j < keys.end[v]; ++j) top = maximum(load(scores + (j * kN + v) * n), top);
+    store(tops + v * n, top);
+  }
 }
 
 // Scores become 2^((x - reference) to_log2), in this order: huge ones would be left with the rounding of a product.
@@ -30,8 +28,8 @@ HEEDFUL_FN void to_probabilities(Vec<C> (&x)[kCount], Vec<C> reference, Vec<C> t
 }
 
 template <int kN, bool mark, class E, class C = Sum<E>>
-HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima,
-                              C* sums, C* rescale) {
+HEEDFUL_FN void softmax_block(C* const scores, E* const joined, const Spans<kN>& keys, Vec<C> to_log2, const C* tops,
+                              C* maxima, C* sums, C* rescale) {
   constexpr int n = kLanes<C>;
   constexpr bool kBFloat16x2 = kDepth<E> == 2;
   const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
@@ -42,7 +40,7 @@ HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Ve
     store(maxima + v * n, top);
     store(rescale + v * n, factor);
     Vec<C> sum = {};
-    for_each_step<kInStep>(0, keys, [&](int64_t j, auto rows) {
+    for_each_step<kInStep>(keys.first[v], keys.end[v], [&](int64_t j, auto rows) {
       constexpr int kCount = rows.value;
       C* const score = scores + (j * kN + v) * n;
       Vec<C> x[kCount], y[kCount];
@@ -72,8 +70,8 @@ HEEDFUL_FN void softmax_block(C* const scores, E* const joined, int64_t keys, Ve
 // it, and the queries' sums follow. Distances between scores times `to_log2` are powers of two. With `mark`, absent
 // pairs get -1 instead of 0. Pairs of bfloat16 are joined at once, if `joined` is not null.
 template <int kN, class E, class C = Sum<E>>
-HEEDFUL_FN void online_softmax(C* scores, E* joined, int64_t keys, Vec<C> to_log2, const C* tops, C* maxima, C* sums,
-                               C* rescale, bool mark) {
+HEEDFUL_FN void online_softmax(C* scores, E* joined, const Spans<kN>& keys, Vec<C> to_log2, const C* tops, C* maxima,
+                               C* sums, C* rescale, bool mark) {
   if (mark)
     softmax_block<kN, true>(scores, joined, keys, to_log2, tops, maxima, sums, rescale);
   else
