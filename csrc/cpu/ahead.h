@@ -4,8 +4,8 @@
 
 #include <cassert>
 
-#include "masks.h"
 #include "microkernel.h"
+#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
 

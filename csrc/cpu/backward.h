@@ -23,31 +23,9 @@
 #include "microkernel.h"
 #include "row_state.h"
 #include "scores.h"
+#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
-
-// Limits of a sum over queries, for rows of keys: the queries that see any of these, counted from the tile's first.
-struct QueriesThatSee {
-  const Band& band;
-  const Tile& tile;
-  HEEDFUL_FN int64_t first(int64_t key, int64_t) const {
-    return most(band.first_query(tile.j0 + key), tile.i0) - tile.i0;
-  }
-  HEEDFUL_FN int64_t end(int64_t, int64_t key_end) const {
-    return least(band.end_query(tile.j0 + key_end - 1), tile.i1) - tile.i0;
-  }
-};
-// Limits of a sum over keys, for rows of queries.
-struct KeysSeen {
-  const Band& band;
-  const Tile& tile;
-  HEEDFUL_FN int64_t first(int64_t query, int64_t) const {
-    return most(band.first_key(tile.i0 + query), tile.j0) - tile.j0;
-  }
-  HEEDFUL_FN int64_t end(int64_t, int64_t query_end) const {
-    return least(band.end_key(tile.i0 + query_end - 1), tile.j1) - tile.j0;
-  }
-};
 
 template <class S, class E = Compute<S>>
 struct Backward : BackwardTasks {
@@ -423,14 +401,28 @@ struct Backward : BackwardTasks {
     Tile panel = t;
     panel.i0 = ia, panel.i1 = ib, panel.j0 = ja, panel.j1 = jb;
     const int64_t r0 = ia - t.i0, r1 = ib - t.i0, dim = embedded_dim(p);
-    multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0, r1,
-                                                  s.kt + l * terms<E>(dim), width, prob, stride, width, s.sum.dk, dim,
-                                                  ahead_of(p.bias, size_of(p.bias_dtype), panel));
-    multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0, r1,
-                                                  s.vt + l * terms<E>(p.Dv), width, grad, stride, width, s.sum.dk, p.Dv,
-                                                  ahead_of(p.dbias, sizeof(C), panel));
+    const auto spans = Spans<kN>::template of<1, n>(
+        jb - ja, ib - ia, [&](int64_t x) { return band.first_query(ja + x) - ia; },
+        [&](int64_t x) { return band.end_query(ja + x) - ia; });
+    const bool by_parts = !spans.whole() && !panel.words && keeps_products<E>(p);
+    RowsAhead bias = ahead_of(p.bias, size_of(p.bias_dtype), panel), dbias = ahead_of(p.dbias, sizeof(C), panel);
+    spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
+      multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0 + from, r0 + to,
+                                                    s.kt + l * terms<E>(dim) + lo * n, width, prob + lo * n, stride,
+                                                    (hi - lo) * n, s.sum.dk, dim, bias);
+      multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0 + from, r0 + to,
+                                                    s.vt + l * terms<E>(p.Dv) + lo * n, width, grad + lo * n, stride,
+                                                    (hi - lo) * n, s.sum.dk, p.Dv, dbias);
+      bias = dbias = {};
+      if (edge >= 0 && by_parts)
+        mask_edge<InLanes::keys>(band, panel, edge * n, from, to, prob + r0 * stride + edge * n, stride, Vec<C>{});
+    });
+    const auto leave_out = [&](int v, int64_t from, int64_t to) {
+      for (int64_t r = r0 + from; r < r0 + to; ++r) store(prob + r * stride + v * n, broadcast<C>(-kInfinity<C>));
+    };
+    for (int v = 0; v < kN && by_parts; ++v) leave_out(v, 0, spans.first[v]), leave_out(v, spans.end[v], ib - ia);
     const bool plain = is_plain<E>(p, band, panel);
-    if (!plain)
+    if (!plain && !by_parts)
       apply_scores<InLanes::keys, E>(p, band, panel, prob + r0 * stride, stride, int64_t{width}, s.parts,
                                      distances_of<InLanes::keys>(s.parts, t, panel));
     if (s.parts.keep) {

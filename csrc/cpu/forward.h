@@ -21,6 +21,7 @@
 #include "microkernel.h"
 #include "online_softmax.h"
 #include "scores.h"
+#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -276,31 +277,15 @@ struct Forward {
   int64_t first_key_of(int64_t i) const { return band.first_key(i) / kDepth<E> * kDepth<E>; }
   int64_t end_key_of(int64_t i) const { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); }
 
-  // The keys of a tile that each vector of its queries sees; all of them where a window is narrower than the vectors.
-  template <int kN>
-  Spans<kN> spans_of(const Tile& tile) const {
-    const int64_t keys = tile.j1 - tile.j0, first_whole = terms<E>(band.first_key(tile.i1 - 1)) * kDepth<E>;
-    int64_t end_whole = band.end_key(tile.i0);
-    if (end_whole < band.keys) end_whole = end_whole / kDepth<E> * kDepth<E>;
-    if (first_whole > end_whole) return Spans<kN>::all(keys);
-    Spans<kN> spans;
-    const auto in_tile = [&](int64_t key) { return clamp(key - tile.j0, 0, keys); };
-    for (int v = 0; v < kN; ++v) {
-      const int64_t i = tile.i0 + v * n, last = least(i + n, tile.i1) - 1;
-      spans.first[v] = in_tile(i < tile.i1 ? first_key_of(i) : first_whole);
-      spans.end[v] = in_tile(end_key_of(last));
-    }
-    spans.first_whole = in_tile(first_whole), spans.end_whole = in_tile(end_whole);
-    return spans;
-  }
-
   // A panel over the keys of a tile.
   template <int kN>
   HEEDFUL_FN void attend_panel(const Block& part, const C* distances, int64_t l, bool careful) const {
     constexpr int width = kN * n;
     const auto& [tile, k, v, ahead] = part;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
-    const Spans<kN> spans = spans_of<kN>(tile);
+    const auto spans = Spans<kN>::template of<kDepth<E>, n>(
+        tile.i1 - tile.i0, keys, [&](int64_t x) { return band.first_key(tile.i0 + x) - tile.j0; },
+        [&](int64_t x) { return band.end_key(tile.i0 + x) - tile.j0; });
     const bool by_parts = !spans.whole() && !tile.words && keeps_products<E>(p);
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
@@ -312,7 +297,8 @@ struct Forward {
           s.scores + from * width + lo * n, width, (hi - lo) * n, top + lo * n, dim, rows, then);
       rows = then = {};
       if (edge >= 0 && by_parts)
-        store(top + edge * n, mask_edge<C>(band, tile, edge * n, from, to, s.scores + edge * n, width, before));
+        store(top + edge * n,
+              mask_edge<InLanes::queries>(band, tile, edge * n, from, to, s.scores + edge * n, width, before));
     });
     if (!by_parts && !is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);

@@ -128,23 +128,25 @@ HEEDFUL_CALLED bool find_masks(const Problem& p, InLanes in_lanes, uint64_t (*wo
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
-// Likewise, of the queries from row `query` of the tile on, one vector, and its keys [from, to), where the band alone
-// leaves some out. Returns the largest scores, of `top` as well.
-template <class C>
-HEEDFUL_FN Vec<C> mask_edge(const Band& band, const Tile& t, int64_t query, int64_t from, int64_t to, C* s,
+// s[row * stride + lane] = -inf where the band leaves a pair out, for one vector of lanes, the first of which is the
+// tile's `lane`, and the rows [from, to). Returns the largest scores, of `top` as well.
+template <InLanes in_lanes, class C>
+HEEDFUL_FN Vec<C> mask_edge(const Band& band, const Tile& t, int64_t lane, int64_t from, int64_t to, C* s,
                             int64_t stride, Vec<C> top) {
   using I = Int<C>;
-  constexpr int n = kLanes<C>;
-  const int64_t i = t.i0 + query, keys = t.j1 - t.j0;
-  // Both limits go up by one with each query, but for those that all of the tile's keys are within.
-  const auto limits = [&](int64_t of_first) { return iota<I>() + broadcast<I>(I(clamp(of_first - t.j0, -n, keys))); };
-  const bool open_left = band.left == kUnbounded, open_right = band.right == kUnbounded;
-  const Vec<I> first = open_left ? Vec<I>{} : limits(band.start + i - band.left);
-  const Vec<I> end = open_right ? broadcast<I>(I(keys)) : limits(band.start + i + band.right + 1);
-  for (int64_t j = from; j < to; ++j) {
-    const Vec<I> key = broadcast<I>(I(j));
-    const Vec<C> x = select((key >= first) & (key < end), load(s + j * stride), broadcast<C>(-kInfinity<C>));
-    store(s + j * stride, x);
+  constexpr bool queries_in_lanes = in_lanes == InLanes::queries;
+  // What the lanes see, lengths aside, goes up by one row with each.
+  const int64_t offset = band.start + t.i0 - t.j0, at = (queries_in_lanes ? offset : -offset) + lane;
+  const int64_t before = queries_in_lanes ? band.left : band.right, after = queries_in_lanes ? band.right : band.left;
+  const auto limits = [&](int64_t of_first) {
+    return iota<I>() + broadcast<I>(I(clamp(of_first, from - kLanes<C>, to)));
+  };
+  const Vec<I> first = before == kUnbounded ? broadcast<I>(I(from)) : limits(at - before);
+  const Vec<I> end = after == kUnbounded ? broadcast<I>(I(to)) : limits(at + after + 1);
+  for (int64_t r = from; r < to; ++r) {
+    const Vec<I> row = broadcast<I>(I(r));
+    const Vec<C> x = select((row >= first) & (row < end), load(s + r * stride), broadcast<C>(-kInfinity<C>));
+    store(s + r * stride, x);
     top = maximum(x, top);
   }
   return top;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "operands.h"
-#include "spans.h"
 
 namespace heedful::HEEDFUL_TARGET {
 

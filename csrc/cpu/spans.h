@@ -1,21 +1,41 @@
-// Which keys each vector of queries sees, where a mask's edge crosses a block: the rest of the block is left out of its
-// products, vector by vector.
+// What a band leaves of products where its edge crosses a block: rows that each vector of lanes sees, where queries
+// meet keys, and terms of the sums over queries and keys.
 #pragma once
 
-#include "lanes.h"
+#include "masks.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Of kN vectors; both limits rise from one to the next, and there are keys, if any, that all of them see.
+// Rows of a block that the lanes of kN vectors see: both limits rise from one to the next, and what is seen by some
+// lanes of a vector is seen by all lanes of those between it and the rows [first_whole, end_whole), which all lanes
+// see.
 template <int kN>
 struct Spans {
   int64_t first[kN], end[kN];
-  int64_t first_whole, end_whole;  // keys between them are seen by every query of every vector
+  int64_t first_whole, end_whole;
 
-  static Spans all(int64_t count) {
+  static Spans all(int64_t rows) {
     Spans spans;
-    for (int v = 0; v < kN; ++v) spans.first[v] = 0, spans.end[v] = count;
-    spans.first_whole = 0, spans.end_whole = count;
+    for (int v = 0; v < kN; ++v) spans.first[v] = 0, spans.end[v] = rows;
+    spans.first_whole = 0, spans.end_whole = rows;
+    return spans;
+  }
+
+  // Of so many lanes, of which lane x sees the rows [first(x), end(x)); in steps of kStep rows. All of them where the
+  // lanes have none in common.
+  template <int kStep, int n, class First, class End>
+  HEEDFUL_FN static Spans of(int64_t lanes, int64_t rows, First first, End end) {
+    const auto down = [](int64_t row) { return row / kStep * kStep; };
+    const auto in_block = [&](int64_t row) { return clamp(row, 0, rows); };
+    const int64_t first_whole = down(first(lanes - 1) + kStep - 1), end_whole = end(0) < rows ? down(end(0)) : end(0);
+    if (first_whole > end_whole) return all(rows);
+    Spans spans;
+    for (int v = 0; v < kN; ++v) {
+      const int64_t l = v * n, last = least(l + n, lanes) - 1;
+      spans.first[v] = in_block(l < lanes ? down(first(l)) : first_whole);
+      spans.end[v] = in_block(down(end(last) + kStep - 1));
+    }
+    spans.first_whole = in_block(first_whole), spans.end_whole = in_block(end_whole);
     return spans;
   }
   HEEDFUL_FN bool same() const { return first[kN - 1] == first[0] && end[kN - 1] == end[0]; }
@@ -57,6 +77,29 @@ struct Spans {
       if (end[kLo - 1] < end[kLo]) f(end[kLo - 1], end[kLo], Constant<kLo>{}, Constant<kN>{});
       fall<kLo + 1>(f);
     }
+  }
+};
+
+// Limits of a sum over queries, for rows of keys: the queries that see any of these, counted from the tile's first.
+struct QueriesThatSee {
+  const Band& band;
+  const Tile& tile;
+  HEEDFUL_FN int64_t first(int64_t key, int64_t) const {
+    return most(band.first_query(tile.j0 + key), tile.i0) - tile.i0;
+  }
+  HEEDFUL_FN int64_t end(int64_t, int64_t key_end) const {
+    return least(band.end_query(tile.j0 + key_end - 1), tile.i1) - tile.i0;
+  }
+};
+// Limits of a sum over keys, for rows of queries.
+struct KeysSeen {
+  const Band& band;
+  const Tile& tile;
+  HEEDFUL_FN int64_t first(int64_t query, int64_t) const {
+    return most(band.first_key(tile.i0 + query), tile.j0) - tile.j0;
+  }
+  HEEDFUL_FN int64_t end(int64_t, int64_t query_end) const {
+    return least(band.end_key(tile.i0 + query_end - 1), tile.j1) - tile.j0;
   }
 };
 
