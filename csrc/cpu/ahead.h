@@ -80,16 +80,33 @@ struct SumMeanwhile : WholeSum {
   mutable Ahead ahead;
   HEEDFUL_FN void pause() const { ahead.step(); }
 };
-// A product whose sums are of `count` numbers, all of them; meanwhile rows come, if there are any, then others.
+// A product whose sums are of `count` numbers, all of them; meanwhile rows come, if there are any.
+template <Onto onto, class E, Unit unit>
+HEEDFUL_FN void multiply_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
+                                   int64_t c_stride, int64_t lanes, Sum<E>* per_lane, int64_t count, Ahead& ahead) {
+  if (!ahead.any()) return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
+  const SumMeanwhile sum{{count}, ahead};
+  multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, sum);
+  ahead = sum.ahead;
+}
+// Likewise, all rows, then others.
 template <Onto onto, class E, Unit unit>
 HEEDFUL_FN void multiply_meanwhile(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
                                    int64_t c_stride, int64_t lanes, Sum<E>* per_lane, int64_t count,
                                    const RowsAhead& rows, const RowsAhead& then = {}) {
-  if (rows.rows + then.rows == 0)
-    return multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, WholeSum{count});
-  const SumMeanwhile sum{{count}, Ahead(rows, then, pauses<E>(m1 - m0, lanes, count))};
-  multiply<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, sum);
-  sum.ahead.expect_end();
+  Ahead ahead(rows, then, pauses<E>(m1 - m0, lanes, count));
+  multiply_meanwhile<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, count, ahead);
+  ahead.expect_end();
+}
+
+// Pauses of the products that spans have in parts.
+template <class E, int kN>
+HEEDFUL_FN int64_t pauses(const Spans<kN>& spans, int64_t numbers) {
+  int64_t sum = 0;
+  spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int) {
+    sum += pauses<E>(to - from, (hi - lo) * kLanes<E>, numbers);
+  });
+  return sum;
 }
 
 // Likewise, of kN vectors, each over its span of the sum.

@@ -405,7 +405,8 @@ struct Backward : BackwardTasks {
         jb - ja, ib - ia, [&](int64_t x) { return band.first_query(ja + x) - ia; },
         [&](int64_t x) { return band.end_query(ja + x) - ia; });
     const bool by_parts = !spans.whole() && !panel.words && keeps_products<E>(p);
-    RowsAhead bias = ahead_of(p.bias, size_of(p.bias_dtype), panel), dbias = ahead_of(p.dbias, sizeof(C), panel);
+    Ahead bias(ahead_of(p.bias, size_of(p.bias_dtype), panel), {}, pauses<E>(spans, dim));
+    Ahead dbias(ahead_of(p.dbias, sizeof(C), panel), {}, pauses<E>(spans, p.Dv));
     spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
       multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.q_rows.data, rows.q_rows.stride}, r0 + from, r0 + to,
                                                     s.kt + l * terms<E>(dim) + lo * n, width, prob + lo * n, stride,
@@ -413,10 +414,10 @@ struct Backward : BackwardTasks {
       multiply_meanwhile<Onto::nothing, E, Unit::k>({rows.dout_rows.data, rows.dout_rows.stride}, r0 + from, r0 + to,
                                                     s.vt + l * terms<E>(p.Dv) + lo * n, width, grad + lo * n, stride,
                                                     (hi - lo) * n, s.sum.dk, p.Dv, dbias);
-      bias = dbias = {};
       if (edge >= 0 && by_parts)
         mask_edge<InLanes::keys>(band, panel, edge * n, from, to, prob + r0 * stride + edge * n, stride, Vec<C>{});
     });
+    bias.expect_end(), dbias.expect_end();
     const auto leave_out = [&](int v, int64_t from, int64_t to) {
       for (int64_t r = r0 + from; r < r0 + to; ++r) store(prob + r * stride + v * n, broadcast<C>(-kInfinity<C>));
     };

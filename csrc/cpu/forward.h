@@ -71,14 +71,15 @@ struct Forward {
   }
   static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
 
-  // Smaller ones where there would be too few for several threads, and for windows narrower than they are. Results do
-  // not depend on it: a query's key blocks lie where they lie, and masked keys add nothing.
+  // Smaller ones where there would be too few for several threads; half a panel for windows so narrow that a panel's
+  // queries have no key in common (spans.h). Results do not depend on it: a query's key blocks lie where they lie, and
+  // masked keys add nothing.
   static int64_t block_queries(const Problem& p) {
-    constexpr int64_t kFewTasks = 4;
-    const int64_t small = least<int64_t>(kQueries, 2 * kVectors * n);
+    constexpr int64_t kFewTasks = 4, kPanel = kVectors * n;
     const auto side = [](int64_t keys) { return clamp(keys, -kQueries, 2 * kQueries); };
-    const bool narrow = side(p.left) + side(p.right) + 1 < kQueries;
-    return narrow || p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks ? small : kQueries;
+    if (kVectors > 2 && side(p.left) + side(p.right) + 1 < kPanel) return kPanel / 2;
+    const bool few = p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks;
+    return few ? least(kQueries, 2 * kPanel) : kQueries;
   }
   static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
 
@@ -281,7 +282,9 @@ struct Forward {
   template <int kN>
   HEEDFUL_FN void attend_panel(const Block& part, const C* distances, int64_t l, bool careful) const {
     constexpr int width = kN * n;
-    const auto& [tile, k, v, ahead] = part;
+    const Tile& tile = part.tile;
+    const Rows<E>&k = part.k, &v = part.v;
+    const NextAhead& next = part.ahead;
     const int64_t keys = tile.j1 - tile.j0, dim = embedded_dim(p);
     const auto spans = Spans<kN>::template of<kDepth<E>, n>(
         tile.i1 - tile.i0, keys, [&](int64_t x) { return band.first_key(tile.i0 + x) - tile.j0; },
@@ -289,17 +292,17 @@ struct Forward {
     const bool by_parts = !spans.whole() && !tile.words && keeps_products<E>(p);
     alignas(64) C top[width], rescale[width];
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    RowsAhead rows = p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : ahead.q, then = ahead.out;
+    Ahead ahead(p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : next.q, next.out, pauses<E>(spans, dim));
     spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
       const Vec<C> before = load(top + most(edge, 0) * n);
       multiply_meanwhile<Onto::nothing_topped, E, Unit::k>(
           {k.data + from * k.stride, k.stride}, 0, to - from, s.q + l * terms<E>(dim) + lo * n, width,
-          s.scores + from * width + lo * n, width, (hi - lo) * n, top + lo * n, dim, rows, then);
-      rows = then = {};
+          s.scores + from * width + lo * n, width, (hi - lo) * n, top + lo * n, dim, ahead);
       if (edge >= 0 && by_parts)
         store(top + edge * n,
               mask_edge<InLanes::queries>(band, tile, edge * n, from, to, s.scores + edge * n, width, before));
     });
+    ahead.expect_end();
     if (!by_parts && !is_plain<E>(p, band, tile)) {
       apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
       find_tops<kN, C>(s.scores, spans, top);
@@ -314,14 +317,13 @@ struct Forward {
       if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     }
     C* out = s.out + l * p.Dv;
-    if (careful)
-      add_values_carefully<kN>(spans, v, out, rescale);
-    else if (spans.same())
-      multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
-                                                       rescale, keys, ahead.k, ahead.v);
-    else
-      multiply_spans_meanwhile<kN, Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out,
-                                                                 width, rescale, spans, ahead.k, ahead.v);
+    if (careful) return add_values_carefully<kN>(spans, v, out, rescale);
+    if constexpr (kN > 1)
+      if (!spans.same())
+        return multiply_spans_meanwhile<kN, Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width,
+                                                                          out, width, rescale, spans, next.k, next.v);
+    multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
+                                                     rescale, keys, next.k, next.v);
   }
 
   template <int kN>

@@ -126,6 +126,30 @@ void test_shapes(DType dtype) {
   test({.dtype = dtype, .Sq = 4, .Sk = 0});
 }
 
+// Where edges of bands lie among vectors and panels, and pairs of keys: windows as narrow as one key and wider than a
+// panel, sequences that end anywhere in it.
+void test_edges(DType dtype) {
+  for (int64_t left : {0, 1, 15, 16, 33, 62, 63, 64, 101})
+    for (int64_t right : {-1, 0, 3})
+      for (int64_t start : {0, 37}) {
+        Case c{.dtype = dtype, .B = 2, .Hq = 2, .Hk = 1, .Sq = 150, .Sk = 171, .D = 6, .Dv = 5, .start = start};
+        c.left = left, c.right = right;
+        c.lengths = c.poison = left % 2;
+        test(c);
+      }
+  // A second block of keys, too, one open end, positions before the keys and after them, values that are NaN to some.
+  Case wide{.dtype = dtype, .B = 1, .Hq = 4, .Hk = 1, .Sq = 150, .Sk = 401, .D = 6, .Dv = 5, .start = 201};
+  for (auto [left, right] : {std::pair<int64_t, int64_t>{70, 0}, {101, 3}, {kUnbounded, 0}, {64, kUnbounded}, {-3, 90}})
+    for (int64_t start : {-40, 201, 340}) {
+      wide.left = left, wide.right = right, wide.start = start;
+      Call call(wide);
+      for (int64_t key : {170, 260, 400}) call.v.set_row(0, key, NAN);
+      test(wide), test(call);
+    }
+  wide.Sk = 171, wide.left = 70, wide.right = 0, wide.start = 21;
+  for (const Case& c : features_of(wide)) test(c);
+}
+
 // A value that is NaN reaches the queries that see its key and no others, wherever it lies in tiles and vectors.
 void test_spoiled_values(DType dtype) {
   for (int64_t S : {20, 40, 70})
@@ -247,6 +271,7 @@ int main() {
   for (int t = 0; t < 4; ++t) {
     const DType dtype = DType(t);
     test_shapes(dtype);
+    test_edges(dtype);
     test_spoiled_values(dtype);
     test_features(dtype);
     test_groups(dtype);

@@ -131,7 +131,7 @@ HEEDFUL_FN void multiply_panel(Operand<E, unit> a, int64_t m0, int64_t m1, const
   }
 }
 
-// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a mask leaves (backward.h). Some do
+// The sum's limits for a tile of rows [m, end), in numbers: all of it, or what a band leaves (spans.h). Some do
 // something else at each pause, and some have a span for each vector (ahead.h).
 struct WholeSum {
   int64_t count;

@@ -13,9 +13,14 @@ template <int kN, class C>
 HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {
   constexpr int n = kLanes<C>;
   for (int v = 0; v < kN; ++v) {
-    Vec<C> top = broadcast<C>(-kInfinity<C>);
-    for (int64_t j = keys.first[v]; j < keys.end[v]; ++j) top = maximum(load(scores + (j * kN + v) * n), top);
-    store(tops + v * n, top);
+    Vec<C> top[4];  // of every fourth key: one would wait for itself
+#pragma GCC unroll 4
+    for (Vec<C>& each : top) each = broadcast<C>(-kInfinity<C>);
+    for_each_step<4>(keys.first[v], keys.end[v], [&](int64_t j, auto rows) {
+#pragma GCC unroll 4
+      for (int i = 0; i < rows.value; ++i) top[i] = maximum(load(scores + ((j + i) * kN + v) * n), top[i]);
+    });
+    store(tops + v * n, maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
   }
 }
 

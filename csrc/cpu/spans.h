@@ -6,9 +6,8 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Rows of a block that the lanes of kN vectors see: both limits rise from one to the next, and what is seen by some
-// lanes of a vector is seen by all lanes of those between it and the rows [first_whole, end_whole), which all lanes
-// see.
+// Rows of a block that each of kN vectors takes part in: those that any of its lanes sees, or more. Both limits rise
+// from one vector to the next. All lanes see the rows [first_whole, end_whole), where there are others.
 template <int kN>
 struct Spans {
   int64_t first[kN], end[kN];
@@ -21,23 +20,26 @@ struct Spans {
     return spans;
   }
 
-  // Of so many lanes, of which lane x sees the rows [first(x), end(x)); in steps of kStep rows. All of them where the
-  // lanes have none in common.
+  // Of so many lanes, of which lane x sees the rows [first_row(x), end_row(x)); in steps of kStep rows, but for the
+  // last one. Where the lanes have no row in common, all of them; masks leave out what is too much.
   template <int kStep, int n, class First, class End>
-  HEEDFUL_FN static Spans of(int64_t lanes, int64_t rows, First first, End end) {
+  HEEDFUL_FN static Spans of(int64_t lanes, int64_t rows, First first_row, End end_row) {
     const auto down = [](int64_t row) { return row / kStep * kStep; };
+    const auto up = [](int64_t row) { return (row + kStep - 1) / kStep * kStep; };
     const auto in_block = [&](int64_t row) { return clamp(row, 0, rows); };
-    const int64_t first_whole = down(first(lanes - 1) + kStep - 1), end_whole = end(0) < rows ? down(end(0)) : end(0);
+    const int64_t first_whole = up(first_row(lanes - 1)), end_seen = end_row(0),
+                  end_whole = end_seen < rows ? down(end_seen) : end_seen;
     if (first_whole > end_whole) return all(rows);
     Spans spans;
     for (int v = 0; v < kN; ++v) {
       const int64_t l = v * n, last = least(l + n, lanes) - 1;
-      spans.first[v] = in_block(l < lanes ? down(first(l)) : first_whole);
-      spans.end[v] = in_block(down(end(last) + kStep - 1));
+      spans.first[v] = in_block(l < lanes ? down(first_row(l)) : first_whole);
+      spans.end[v] = in_block(up(end_row(last)));
     }
     spans.first_whole = in_block(first_whole), spans.end_whole = in_block(end_whole);
     return spans;
   }
+  // Whether vectors take part in the same rows; whether there are no others than whole ones.
   HEEDFUL_FN bool same() const { return first[kN - 1] == first[0] && end[kN - 1] == end[0]; }
   HEEDFUL_FN bool whole() const { return first_whole == first[0] && end_whole == end[kN - 1]; }
   HEEDFUL_FN int64_t count() const { return end[kN - 1] - first[0]; }
