@@ -27,10 +27,11 @@ struct BackwardTasks {
 
   // Whether a task has a single query head of a group, and leaves its dK and dV to be added up (each head's are added
   // up by themselves anyway, so the bits are the same): where there are too few key/value heads, and not so many keys
-  // that these parts would be much larger than q.
+  // that these parts would be much larger than q; a little larger, where a thread would idle.
   static bool splits_heads(const Problem& p) {
     const int64_t queries = (p.q_offsets ? 1 : p.B) * p.q_rows, keys = (p.k_offsets ? 1 : p.B) * p.k_rows;
-    return heads_per_group(p) > 1 && !sums_heads(p) && !few_queries(queries, keys) && !keeps_busy(p, p.Hk);
+    const bool idle = p.B * p.Hk * key_blocks(p, p.Sk) < p.threads;
+    return heads_per_group(p) > 1 && !sums_heads(p) && keys <= (idle ? 8 : 4) * queries && !keeps_busy(p, p.Hk);
   }
   // What tasks are dealt of a sequence: groups of heads, or the heads of groups that are split.
   static int64_t heads_per_task(const Problem& p) { return splits_heads(p) ? 1 : heads_per_group(p); }
