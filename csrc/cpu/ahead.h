@@ -109,7 +109,7 @@ HEEDFUL_FN int64_t pauses(const Spans<kN>& spans, int64_t numbers) {
   return sum;
 }
 
-// Likewise, of kN vectors, each over its span of the sum.
+// A product of kN vectors, each over its span of the sum; meanwhile rows come, then others.
 template <int kN>
 struct SpansMeanwhile : SumMeanwhile {
   Spans<kN> spans;

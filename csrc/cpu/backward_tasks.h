@@ -31,7 +31,8 @@ struct BackwardTasks {
   static bool splits_heads(const Problem& p) {
     const int64_t queries = (p.q_offsets ? 1 : p.B) * p.q_rows, keys = (p.k_offsets ? 1 : p.B) * p.k_rows;
     const bool idle = p.B * p.Hk * key_blocks(p, p.Sk) < p.threads;
-    return heads_per_group(p) > 1 && !sums_heads(p) && keys <= (idle ? 8 : 4) * queries && !keeps_busy(p, p.Hk);
+    return heads_per_group(p) > 1 && !sums_heads(p) && !few_queries(idle ? 2 * queries : queries, keys) &&
+           !keeps_busy(p, p.Hk);
   }
   // What tasks are dealt of a sequence: groups of heads, or the heads of groups that are split.
   static int64_t heads_per_task(const Problem& p) { return splits_heads(p) ? 1 : heads_per_group(p); }
