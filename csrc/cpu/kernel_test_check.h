@@ -29,9 +29,7 @@ inline void compare_results(const std::string& name, const Call& got, const Call
   compare(name, "lse", got.c, got.lse, expected.lse);
 }
 
-// similarity_size: of a rounded similarity, over D.
-inline void compare_gradients(const std::string& name, const Call& got, const Call& expected,
-                              double similarity_size = 1) {
+inline void compare_gradients(const std::string& name, const Call& got, const Call& expected) {
   const Case& c = got.c;
   const auto check = [&](const char* what, Array Call::* result, double size = 1) {
     compare(name, what, c, got.*result, expected.*result, size);
@@ -41,7 +39,7 @@ inline void compare_gradients(const std::string& name, const Call& got, const Ca
   const double queries = std::sqrt(double(c.B * c.Sq)), heads = std::sqrt(double(c.Hq));
   check("dbias", &Call::dbias, (std::strchr(c.bias, 'i') ? 1 : queries) * (std::strchr(c.bias, 'h') ? 1 : heads));
   check("dsinks", &Call::dsinks, queries), check("dtable", &Call::dtable, queries);
-  check("dscales", &Call::dscales, queries * double(c.D) * similarity_size);
+  check("dscales", &Call::dscales, queries * double(c.D));
   const double farthest = double(std::max(c.Sk, c.Sq + std::abs(c.start)));
   check("dslopes", &Call::dslopes, queries * farthest);
 }

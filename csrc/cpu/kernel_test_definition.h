@@ -21,6 +21,15 @@ inline std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
   return c;
 }
 
+// To the nearest number of a type.
+inline double rounded(double x, DType dtype) {
+  constexpr int kDigits[] = {24, 53, 8, 11};  // by DType
+  int exponent = 0;
+  std::frexp(x, &exponent);
+  const int digits = kDigits[int(dtype)] - exponent;
+  return std::ldexp(std::nearbyint(std::ldexp(x, digits)), -digits);
+}
+
 template <class T = double>
 T& at(const View& x, int64_t a, int64_t b, int64_t c, int64_t d) {
   return static_cast<T*>(x.data)[a * x.stride[0] + b * x.stride[1] + c * x.stride[2] + d * x.stride[3]];
@@ -50,6 +59,7 @@ struct DefinedRow {
   };
 
   const Problem& p;
+  const DType stored;  // what out is
   const int64_t b, h, i;
   // Where the sequence lies in memory.
   const int64_t batch = p.q_offsets ? 0 : b, row = (p.q_offsets ? p.q_offsets[b] : 0) + i;
@@ -135,9 +145,10 @@ struct DefinedRow {
         product += dout[d] * v[d];
       }
       dp.push_back(x.z * product);
-      delta += x.prob * dp.back();
     }
     if (hard) return;
+    // Of what forward left, rounded: a tolerance for that would have to know how far scales and lengths of K take it.
+    for (int64_t d = 0; d < p.Dv && !pairs.empty(); ++d) delta += dout[d] * rounded(at(p.out, batch, h, row, d), stored);
     if (p.sinks.data) add_to(p.sinks, 0, -std::exp(sink - lse) * delta);
     for (size_t n = 0; n < pairs.size(); ++n) {
       const Pair& x = pairs[n];
@@ -155,8 +166,8 @@ struct DefinedRow {
   }
 };
 
-// out, lse and all gradients; rows of packed tensors that belong to no sequence are left as they are.
-inline void define(const Problem& p) {
+// out, lse and all gradients, of an out that is stored as numbers of a type; rows of packed tensors that belong to no sequence are left as they are.
+inline void define(const Problem& p, DType stored) {
   const auto clear = [](const View& x, int64_t batch, int64_t heads, int64_t from, int64_t to, int64_t dim) {
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t row = from; row < to; ++row)
@@ -173,7 +184,7 @@ inline void define(const Problem& p) {
     for (int64_t h = 0; h < p.Hq; ++h)
       for (int64_t i = 0; i < q1 - q0; ++i) {
         static_cast<double*>(p.lse)[(batch * p.Hq + h) * p.q_rows + q0 + i] = -INFINITY;
-        if (!p.q_lengths || i < p.q_lengths[b]) DefinedRow{p, b, h, i}.run();
+        if (!p.q_lengths || i < p.q_lengths[b]) DefinedRow{p, stored, b, h, i}.run();
       }
   }
 }

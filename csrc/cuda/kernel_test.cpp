@@ -69,7 +69,7 @@ void test(const Case& c, bool with_backward = true) {
   set_timing();
   const Call call(c);
   Call expected = call.in_float64(), got = call;
-  define(expected.problem());
+  define(expected.problem(), c.dtype);
   std::string name;
   const auto kernel = [&] { return name + ", seed " + std::to_string(machine().seed); };
   try {
@@ -80,8 +80,7 @@ void test(const Case& c, bool with_backward = true) {
   } catch (const Fault& fault) {
     return report(false, kernel() + ": " + describe(c) + ": " + fault.what());
   }
-  // delta is taken of the rounded result, Dv numbers of it, and meets similarities of up to D.
-  compare_gradients(kernel(), got, expected, std::max(1.0, std::sqrt(double(c.Dv)) / 4));
+  compare_gradients(kernel(), got, expected);
 }
 
 // Whatever the timing, the bits are the same.
