@@ -13,7 +13,7 @@ from .peers import OURS, PEERS
 from .rows import Row
 from .worker import Failed, Worker
 
-PAUSE = 0.005  # seconds between turns: whoever has just run falls asleep
+PAUSE = 0.06  # seconds between turns: OpenMP's threads look for more work for 10 ms, ONNX Runtime's for 40
 BUDGET = 15.0  # seconds of a row's turns in one direction
 SLOW = 1.0  # seconds of a call that has one turn only
 LOST = "its results are wrong: "

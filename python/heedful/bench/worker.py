@@ -66,10 +66,10 @@ class Worker:
 
 
 def _variables(threads: int) -> dict[str, str]:
-    """What libraries read before they start: as many threads for all, and none that spins while others are timed."""
+    """What libraries read before they start: as many threads for all; how these wait for work is left to each."""
     count = str(threads)
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC", "TORCHINDUCTOR_COMPILE_THREADS"), count)
-    return counts | {"OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
+    return counts | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
 
 
 @contextmanager

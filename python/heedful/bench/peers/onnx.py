@@ -46,7 +46,6 @@ class _Node(Peer):
         outputs = {"out": given["q"]} | {name: given[same] for name, same in self.in_place.items() if same in given}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls, others are measured
         options.enable_cpu_mem_arena = self.keeps_memory
         options.log_severity_level = 4
         model = _model(self._node(row, given, list(outputs)), given, outputs)
