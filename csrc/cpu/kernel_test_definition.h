@@ -148,7 +148,8 @@ struct DefinedRow {
     }
     if (hard) return;
     // Of what forward left, rounded: a tolerance for that would have to know how far scales and lengths of K take it.
-    for (int64_t d = 0; d < p.Dv && !pairs.empty(); ++d) delta += dout[d] * rounded(at(p.out, batch, h, row, d), stored);
+    for (int64_t d = 0; d < p.Dv && !pairs.empty(); ++d)
+      delta += dout[d] * rounded(at(p.out, batch, h, row, d), stored);
     if (p.sinks.data) add_to(p.sinks, 0, -std::exp(sink - lse) * delta);
     for (size_t n = 0; n < pairs.size(); ++n) {
       const Pair& x = pairs[n];
@@ -166,7 +167,8 @@ struct DefinedRow {
   }
 };
 
-// out, lse and all gradients, of an out that is stored as numbers of a type; rows of packed tensors that belong to no sequence are left as they are.
+// out, lse and all gradients, those of an out that is stored as numbers of a type; rows of packed tensors that belong
+// to no sequence are left as they are.
 inline void define(const Problem& p, DType stored) {
   const auto clear = [](const View& x, int64_t batch, int64_t heads, int64_t from, int64_t to, int64_t dim) {
     for (int64_t h = 0; h < heads; ++h)
