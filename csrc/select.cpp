@@ -7,8 +7,28 @@
 
 #include "cuda/kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace heedful {
 namespace {
+
+// Whether the machine has tile registers with products of bfloat16, and Linux lets this process use them, for which it
+// wants to be asked: they make a thread's state 8 KB larger.
+bool may_use_tile_registers() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) && (edx & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool machine_has([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
@@ -18,6 +38,7 @@ bool machine_has([[maybe_unused]] const std::string& isa) {
     return machine_has("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "avx512_bf16") return machine_has("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (isa == "amx_bf16") return machine_has("avx512_bf16") && may_use_tile_registers();
 #endif
   return isa == "baseline";
 }
@@ -26,8 +47,12 @@ std::string needs(const std::string& isa) {
   if (isa == "avx2") return "AVX2, FMA and F16C";
   if (isa == "avx512") return "AVX-512 F, BW, DQ and VL";
   if (isa == "avx512_bf16") return "AVX-512 F, BW, DQ, VL and BF16";
+  if (isa == "amx_bf16") return "AMX TILE and BF16, with Linux's permission, and AVX-512 F, BW, DQ, VL and BF16";
   return "";
 }
+
+// Whether an instruction set has kernels for pairs of bfloat16 alone.
+bool of_pairs(const cpu::InstructionSet& isa) { return !isa.forward[int(DType::f32)]; }
 
 // Whether the kernels of an instruction set take a problem. Every call asks, so words are left for those who want them.
 enum class Refusal { none, device, machine, forced, problem };
@@ -40,11 +65,10 @@ Refusal refusal_of(const Problem& p, const cpu::InstructionSet& isa, const std::
   };
   if (!has(isa.name)) return Refusal::machine;
   // What the kernels for pairs leave is done by those of the same machine, whichever of the two is forced.
-  const bool forced =
-      machine.forced.empty() || machine.forced == isa.name ||
-      (isa.name == std::string_view("avx512") && machine.forced == "avx512_bf16" && has(machine.forced));
-  if (!forced) return Refusal::forced;
-  return isa.name == std::string_view("avx512_bf16") && why_not_bf16(p) ? Refusal::problem : Refusal::none;
+  const bool left = isa.name == std::string_view("avx512") && has(machine.forced) &&
+                    (machine.forced == "avx512_bf16" || machine.forced == "amx_bf16");
+  if (!machine.forced.empty() && machine.forced != isa.name && !left) return Refusal::forced;
+  return of_pairs(isa) && why_not_bf16(p) ? Refusal::problem : Refusal::none;
 }
 
 std::string in_words(Refusal refusal, const Problem& p, const cpu::InstructionSet& isa, const Machine& machine,
@@ -135,7 +159,7 @@ const char* why_not_bf16(const Problem& p) {
 const std::vector<const cpu::InstructionSet*>& instruction_sets() {
   static const std::vector<const cpu::InstructionSet*> all = {
 #ifdef HEEDFUL_HAVE_AVX512
-      &cpu::kAvx512Bf16, &cpu::kAvx512,
+      &cpu::kAmxBf16, &cpu::kAvx512Bf16, &cpu::kAvx512,
 #endif
 #ifdef HEEDFUL_HAVE_AVX2
       &cpu::kAvx2,

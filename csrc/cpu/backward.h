@@ -32,6 +32,8 @@ struct Backward : BackwardTasks {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
+  // Which way P and dS lie for the sums over queries: along those for tile registers, else along the keys.
+  static constexpr Unit kWeightUnit = kInTiles<E> ? Unit::k : Unit::row;
 
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
@@ -158,8 +160,8 @@ struct Backward : BackwardTasks {
     if constexpr (kBFloat16x2) {
       s->q_rows = carve.take<E>(queries * terms<E>(padded<C>(dim)));
       s->dout_rows = carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
-      s->weights = carve.take<E>(terms<E>(queries) * keys);
-      s->grads = carve.take<E>(terms<E>(queries) * keys);
+      s->weights = carve.take<E>(padded<C>(terms<E>(queries)) * keys);
+      s->grads = carve.take<E>(padded<C>(terms<E>(queries)) * keys);
       s->grad_rows = carve.take<E>(queries * terms<E>(keys));
     } else {
       s->weights = s->p, s->grads = s->grad_rows = s->ds;
@@ -179,6 +181,7 @@ struct Backward : BackwardTasks {
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
+    [[maybe_unused]] const ProductRegisters<E> registers;
     if (joins) w.dq = s.dq;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
       for (int64_t x = h0; x < (sums_heads(p) ? p.Hk : h0 + 1); ++x) {
@@ -357,8 +360,8 @@ struct Backward : BackwardTasks {
     if (w.distances && !s.parts.slopes)  // else done before dS met the cap's slopes
       add_to_distances<C>(p, band, t, s.ds, stride, distance_sums(p, w, b, group, t.h));
     if constexpr (kBFloat16x2) {
-      join_rows(s.weights, stride, s.p, stride, queries, padded<C>(keys));
-      join_rows(s.grads, stride, s.ds, stride, queries, padded<C>(keys));
+      join_weights(s.weights, s.p, queries, padded<C>(keys));
+      join_weights(s.grads, s.ds, queries, padded<C>(keys));
       join_lanes(s.grad_rows, terms<E>(stride), s.ds, stride, queries, keys);
     }
     const Sums dq = dq_rows(p, w, band, group, t.h);
@@ -367,15 +370,26 @@ struct Backward : BackwardTasks {
     if (careful) return multiply_carefully(t, rows, sum, dq_tile, dq.stride);
     const QueriesThatSee seers{band, t};
     const KeysSeen seen{band, t};
-    multiply<Onto::c, E, Unit::row>({s.weights, stride}, 0, keys, rows.dout.data, rows.dout.stride, sum.dv, dv, dv,
-                                    sum.dv, seers);
-    multiply<Onto::c, E, Unit::row>({s.grads, stride}, 0, keys, rows.q.data, rows.q.stride, sum.dk, d, d, sum.dk,
-                                    seers);
+    multiply<Onto::c>(weights(), 0, keys, rows.dout.data, rows.dout.stride, sum.dv, dv, dv, sum.dv, seers);
+    multiply<Onto::c>(grads_of_keys(), 0, keys, rows.q.data, rows.q.stride, sum.dk, d, d, sum.dk, seers);
     const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
     if (starts_dq(t.j0))
       multiply<Onto::nothing>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.sum.dk, seen);
     else
       multiply<Onto::c>(grads, 0, queries, s.k, d, dq_tile, dq.stride, d, s.sum.dk, seen);
+  }
+
+  using Weights = Operand<E, kWeightUnit>;
+  Weights weights() const { return {s.weights, weight_stride()}; }
+  Weights grads_of_keys() const { return {s.grads, weight_stride()}; }
+  int64_t weight_stride() const {
+    return kWeightUnit == Unit::k ? padded<C>(terms<E>(least(kQueries, p.Sq))) : lanes_k();
+  }
+  void join_weights(E* to, const C* from, int64_t queries, int64_t keys) const {
+    if constexpr (kWeightUnit == Unit::k)
+      join_rows_turned(to, weight_stride(), from, lanes_k(), queries, keys);
+    else
+      join_rows(to, weight_stride(), from, lanes_k(), queries, keys);
   }
 
   // P and dS of one panel of keys; zero where no pair is left.
@@ -476,26 +490,25 @@ struct Backward : BackwardTasks {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
     const auto present = [&](int64_t i, int64_t j) { return i < queries && j < keys && !(s.p[i * stride + j] < 0); };
-    // c += sum_x a[x * a_stride] * b[x], a row of `width` numbers; `at(x)` says whether its number x takes part.
-    const auto add_row = [&](C* c, int64_t count, const E* a, int64_t a_stride, Rows<E> b, int64_t width, auto at) {
+    // c += sum_k a[m][k] * b[k], a row of `width` numbers; `at(k)` says whether its number k takes part.
+    const auto add_row = [&](C* c, int64_t count, auto a, int64_t m, Rows<E> b, int64_t width, auto at) {
       for (int64_t l = 0; l < width; l += n) {
-        Vec<C> sum = {};
-        for (int64_t x = 0; x < terms<E>(count); ++x) {
-          const auto part = [&](int half) { return at(x * kDepth<E> + half); };
-          sum = multiply_add<E>(sum, broadcast_element(a + x * a_stride),
-                                where_present<E>(load(b.data + x * b.stride + l), part));
+        SumInOrder<E> sum;
+        for (int64_t k = 0; k < terms<E>(count); ++k) {
+          const auto part = [&](int half) { return at(k * kDepth<E> + half); };
+          sum.add(k, broadcast_element(a.at(m, k)), where_present<E>(load(b.data + k * b.stride + l), part));
         }
-        store(c + l, load(c + l) + sum);
+        store(c + l, load(c + l) + sum.total());
       }
     };
     for (int64_t j = 0; j < keys; ++j) {
       const auto seen = [&](int64_t i) { return present(i, j); };
-      add_row(sum.dv + j * dv, queries, s.weights + j, stride, rows.dout, dv, seen);
-      add_row(sum.dk + j * dk, queries, s.grads + j, stride, rows.q, dk, seen);
+      add_row(sum.dv + j * dv, queries, weights(), j, rows.dout, dv, seen);
+      add_row(sum.dk + j * dk, queries, grads_of_keys(), j, rows.q, dk, seen);
     }
+    const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
     for (int64_t i = 0; i < queries; ++i)
-      add_row(dq + i * dq_stride, keys, s.grad_rows + i * terms<E>(stride), 1, {s.k, dk}, dk,
-              [&](int64_t j) { return present(i, j); });
+      add_row(dq + i * dq_stride, keys, grads, i, {s.k, dk}, dk, [&](int64_t j) { return present(i, j); });
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------

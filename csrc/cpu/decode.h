@@ -96,6 +96,7 @@ struct Decode {
 
   struct Scratch {
     E *q, *q_lanes, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
+    E* weight_rows;                    // of rows in lanes: turned for tile registers
     C* scores;
     Partial only;  // of a single chunk
     ScoreParts<C> parts;
@@ -105,13 +106,15 @@ struct Decode {
     s->only = Partial::carve(p, carve, 1, 0);
     const int64_t lanes = padded<C>(most_rows(p));
     s->q = carve.take<E>(most_rows(p) * row_terms(p));
-    s->q_lanes = most_rows(p) >= kManyRows && may_lie_in_lanes(p) ? carve.take<E>(lanes * terms<E>(p.D)) : nullptr;
+    const bool in_lanes = most_rows(p) >= kManyRows && may_lie_in_lanes(p);
+    s->q_lanes = in_lanes ? carve.take<E>(lanes * terms<E>(p.D)) : nullptr;
     s->scores = carve.take<C>(most(lanes * kKeys, least(kManyRows - 1, most_rows(p)) * kSpan));
     if constexpr (kBFloat16x2)
       s->weights = carve.take<E>(lanes * kWeights);
     else
       s->weights = s->scores;
     s->k = k_in_place(p, most_rows(p)) ? nullptr : carve.take<E>(kKeys * row_terms(p));
+    s->weight_rows = kInTiles<E> && in_lanes ? carve.take<E>(lanes * kWeights) : nullptr;
     s->v = in_place(p.v, p.Dv, most_rows(p)) ? nullptr : carve.take<E>(kWeights * padded<C>(p.Dv));
     s->parts = ScoreParts<C>(p, carve, few(p), kKeys, kKeys, false);
     return carve.size;
@@ -182,6 +185,7 @@ struct Decode {
                    chunk,
                    hk * heads_per_group(p) + g,
                    heads};
+    [[maybe_unused]] const ProductRegisters<E> registers;
     d.attend(false);
     // As in the forward kernel: a masked V_j that is not finite shows in the result.
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||
@@ -318,9 +322,16 @@ struct Decode {
       constexpr int width = vectors.value * n;
       const E* weights = s.weights + r * kWeights;
       C* out = part.out + r * dim;
-      if (careful) return add_values_carefully(values, keys, weights, 1, width, out, count);
-      multiply_meanwhile<Onto::c, E, Unit::row>({weights, width}, 0, count, values.data, values.stride, out, dim, dim,
-                                                out, keys, r ? RowsAhead{} : block_ahead(p.k, p.D, j1));
+      const RowsAhead next = r ? RowsAhead{} : block_ahead(p.k, p.D, j1);
+      if (careful) return add_values_carefully(values, keys, Operand<E, Unit::row>{weights, width}, out, count);
+      if constexpr (kInTiles<E>) {
+        turn_rows(s.weight_rows, kWeights, {weights, width}, count, kWeights);
+        multiply_meanwhile<Onto::c, E, Unit::k>({s.weight_rows, kWeights}, 0, count, values.data, values.stride, out,
+                                                dim, dim, out, keys, next);
+      } else {
+        multiply_meanwhile<Onto::c, E, Unit::row>({weights, width}, 0, count, values.data, values.stride, out, dim, dim,
+                                                  out, keys, next);
+      }
     });
   }
 
@@ -471,29 +482,38 @@ struct Decode {
   template <class T>
   void add_values(const Rows<E>& weights, const Rows<T>& v, int64_t keys, const RowsAhead& next, bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
-    if (careful) return add_values_carefully(v, keys, weights.data, weights.stride, 1, part.out, rows());
+    const Operand<E, Unit::k> operand{weights.data, weights.stride};
+    if (careful) return add_values_carefully(v, keys, operand, part.out, rows());
     if constexpr (sizeof(T) == sizeof(E))
       if (rows() >= kManyRows)
-        return multiply_meanwhile<Onto::c, E, Unit::k>({weights.data, weights.stride}, 0, rows(), v.data, v.stride,
-                                                       part.out, dim, dim, part.out, keys, next);
+        return multiply_meanwhile<Onto::c>(operand, 0, rows(), v.data, v.stride, part.out, dim, dim, part.out, keys,
+                                           next);
     few_rows.add_values(part.out, p.Dv, weights, v, keys, next);
   }
 
   // Absent pairs, marked by -1, are left out one by one; the rest is added up in the same order.
-  template <class T>
-  HEEDFUL_CALLED void add_values_carefully(const Rows<T>& v, int64_t keys, const E* weights, int64_t row_stride,
-                                           int64_t key_stride, C* out, int64_t count) const {
+  template <class T, Unit unit>
+  HEEDFUL_CALLED void add_values_carefully(const Rows<T>& v, int64_t keys, Operand<E, unit> weights, C* out,
+                                           int64_t count) const {
+    if (rows() < kManyRows)  // which few_rows adds up
+      add_values_in_order<SumInOrder<E, false>>(v, keys, weights, out, count);
+    else
+      add_values_in_order<SumInOrder<E>>(v, keys, weights, out, count);
+  }
+  template <class SumOfKeys, class T, Unit unit>
+  HEEDFUL_FN void add_values_in_order(const Rows<T>& v, int64_t keys, Operand<E, unit> weights, C* out,
+                                      int64_t count) const {
     const int64_t dim = padded<C>(p.Dv);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < dim; d += n) {
-        Vec<C> sum = {};
+        SumOfKeys sum;
         for (int64_t j = 0; j < terms<E>(keys); ++j) {
           Vec<E> x[1];
           Few::load_values(x, v, j, keys, d, p.Dv);
-          const Vec<E> weight = broadcast_element(weights + r * row_stride + j * key_stride);
-          sum = multiply_add<E>(sum, where_unmarked<E>(x[0], weight), weight);
+          const Vec<E> weight = broadcast_element(weights.at(r, j));
+          sum.add(j, where_unmarked<E>(x[0], weight), weight);
         }
-        store(out + r * dim + d, load(out + r * dim + d) + sum);
+        store(out + r * dim + d, load(out + r * dim + d) + sum.total());
       }
   }
 

@@ -33,6 +33,8 @@ struct Forward {
   // K, V and S blocks of 128 keys and 64 queries at D = 64 are 32 KB each: they share the second-level cache. Those of
   // pairs are half as large.
   static constexpr int64_t kQueries = 64, kKeys = 128 * kDepth<E>;
+  // Which way values lie where they are made into pairs: along the keys for tile registers, else along Dv.
+  static constexpr Unit kValueUnit = kInTiles<E> ? Unit::k : Unit::row;
   static constexpr Int<C> kNoKey = -1;
   static_assert(kQueries == kMaskTile);  // a block of queries has one row of mask tiles
 
@@ -54,7 +56,7 @@ struct Forward {
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
-      s->v = shares_values(p) ? nullptr : carve.take<E>(terms<E>(keys) * padded<C>(p.Dv));
+      s->v = shares_values(p) ? nullptr : carve.take<E>(value_block(p));
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
@@ -92,9 +94,9 @@ struct Forward {
     if (may_decode) Decode<S, E>::plan(p, plan);
     if (may_decode && p.Sq <= Decode<S, E>::kFewQueries) return;
     if (shares_values(p)) {
-      plan->phases[plan->phase_count++] = {p.B * p.Hk * value_chunks(p), &pair_values};
+      plan->phases[plan->phase_count++] = {p.B * p.Hk * blocks_of_keys(p.Sk), &pair_values};
       Carver workspace{nullptr};
-      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * value_pairs(p) * padded<C>(p.Dv));
+      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * value_blocks(p) * value_block(p));
       plan->workspace_bytes = most(plan->workspace_bytes, workspace.size);
     }
     plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
@@ -108,28 +110,43 @@ struct Forward {
   static bool shares_values(const Problem& p) {
     return kBFloat16x2 && heads_per_group(p) * blocks(p) >= kManyBlocks && heads_per_group(p) * p.Sq >= p.Sk;
   }
-  static constexpr int64_t kValueChunk = 512;  // keys of a task
-  static int64_t value_chunks(const Problem& p) { return (p.Sk + kValueChunk - 1) / kValueChunk; }
-  // Of a head's keys, those of packed sequences one after the other: each may have an odd number.
-  static int64_t value_pairs(const Problem& p) { return p.k_offsets ? p.k_rows / 2 + p.B : terms<E>(p.Sk); }
-  static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t j) {
-    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / 2 + b : 0;
-    return static_cast<E*>(p.workspace) + (head * value_pairs(p) + first + terms<E>(j)) * padded<C>(p.Dv);
+  // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole blocks.
+  static int64_t blocks_of_keys(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
+  static int64_t value_blocks(const Problem& p) { return p.k_offsets ? p.k_rows / kKeys + p.B : blocks_of_keys(p.Sk); }
+  static int64_t value_block(const Problem& p) { return terms<E>(kKeys) * padded<C>(p.Dv); }  // its pairs
+  static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t block) {
+    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / kKeys + b : 0;
+    return static_cast<E*>(p.workspace) + (head * value_blocks(p) + first + block) * value_block(p);
   }
   static void pair_values(const Problem& p, int64_t task, void*) {
-    const int64_t j0 = task % value_chunks(p) * kValueChunk, head = task / value_chunks(p), b = head / p.Hk;
+    const int64_t blocks = blocks_of_keys(p.Sk), block = task % blocks, head = task / blocks, b = head / p.Hk;
+    const int64_t j0 = block * kKeys;
     const Band band(p, b);
-    const int64_t j1 = least(j0 + kValueChunk, band.keys);
+    const int64_t j1 = least(j0 + kKeys, band.keys);
     if (j0 >= j1 || Decode<S, E>::decodes(p, band)) return;
-    const int64_t hk = head % p.Hk, width = padded<C>(p.Dv);
-    load_operand<E>(shared_values(p, band, b, hk, j0), width,
-                    Source<S>{row_of<const S>(p.v, band.batch, hk, band.k_row + j0), p.v.stride[2], p.v.stride[3]},
-                    j1 - j0, p.Dv, width);
+    const int64_t hk = head % p.Hk;
+    const S* v = row_of<const S>(p.v, band.batch, hk, band.k_row + j0);
+    load_values(p, shared_values(p, band, b, hk, block), {v, p.v.stride[2], p.v.stride[3]}, j1 - j0);
+  }
+  static Rows<E> load_values(const Problem& p, E* to, Source<S> from, int64_t keys) {
+    if constexpr (kValueUnit == Unit::k) {
+      load_row_operand(to, terms<E>(kKeys), Source<S>{from.data, from.lane_stride, from.row_stride}, p.Dv, keys);
+      return {to, terms<E>(kKeys)};
+    } else {
+      const int64_t width = padded<C>(p.Dv);
+      load_operand(to, width, from, keys, p.Dv, width);
+      return {to, width};
+    }
+  }
+  // From its first key on to the key `j` of a block.
+  static Rows<E> values_from(Rows<E> v, int64_t j) {
+    return {v.data + terms<E>(j) * (kValueUnit == Unit::k ? 1 : v.stride), v.stride};
   }
 
   static void run(const Problem& p, int64_t task, void* scratch) {
     const Forward f = of_task(p, task, scratch);
     if (f.i0 >= f.i1 || Decode<S, E>::decodes(p, f.band)) return;
+    [[maybe_unused]] const ProductRegisters<E> registers;
     f.load_queries();
     f.attend(false);
     if (f.s.best) return f.store_best();
@@ -195,15 +212,14 @@ struct Forward {
   // Their values: elements along the keys.
   Rows<E> value_rows(int64_t j0, int64_t j1) const {
     const Source<S> from = source(p.v, j0);
-    const int64_t width = padded<C>(p.Dv);
-    if (s.v) {
-      load_operand(s.v, width, from, j1 - j0, p.Dv, width);
-      return {s.v, width};
-    }
-    if constexpr (kBFloat16x2)
-      return {shared_values(p, band, b, kv_head(), j0), width};
-    else
+    if (s.v) return load_values(p, s.v, from, j1 - j0);
+    if constexpr (kBFloat16x2) {
+      const Rows<E> block{shared_values(p, band, b, kv_head(), j0 / kKeys),
+                          kValueUnit == Unit::k ? terms<E>(kKeys) : padded<C>(p.Dv)};
+      return values_from(block, j0 % kKeys);
+    } else {
       return in_memory<E>(from);
+    }
   }
 
   // What follows a task's last keys does not follow in memory: meanwhile, unless masks leave nothing of them, rows come
@@ -242,7 +258,7 @@ struct Forward {
       if (s.best) s.best[l] = kNoKey;
     }
     const int64_t last = least(i1, band.queries) - 1;
-    if (last < i0) return;
+    if (last < i0 || band.first_key(i0) >= band.end_key(last)) return;
     const int64_t first_key = first_key_of(i0), end_key = end_key_of(last);
     const int64_t block_keys = p.tiles.data ? kMaskTile : kKeys;
     for (int64_t j0 = first_key, next; j0 < end_key; j0 = next) {
@@ -263,20 +279,20 @@ struct Forward {
     // Queries past the sequence's length stay in their lanes, and are left out when the result is stored: padding must
     // not change how the others are computed.
     const int64_t i = i0 + l, end = least(least(i1, band.queries), i + kN * n);
-    if (end <= i) return;
+    if (end <= i || band.first_key(i) >= band.end_key(end - 1)) return;
     const Tile& all = block.tile;
     Block part = block;
     Tile& tile = part.tile;
     tile.i0 = i, tile.i1 = end, tile.j0 = most(all.j0, first_key_of(i)), tile.j1 = least(all.j1, end_key_of(end - 1));
     if (tile.j0 >= tile.j1) return;
     part.k.data += (tile.j0 - all.j0) * part.k.stride;
-    part.v.data += terms<E>(tile.j0 - all.j0) * part.v.stride;
+    part.v = values_from(part.v, tile.j0 - all.j0);
     if (l > 0) part.ahead = {};
     attend_panel<kN>(part, distances_of<InLanes::queries>(s.parts, all, tile), l, careful);
   }
-  // Two keys that make an element stay together: no bits depend on the block, and the one that is masked is marked.
-  int64_t first_key_of(int64_t i) const { return band.first_key(i) / kDepth<E> * kDepth<E>; }
-  int64_t end_key_of(int64_t i) const { return least(terms<E>(band.end_key(i)) * kDepth<E>, band.keys); }
+  // Keys that are added up together stay together: no bits depend on the block, and those that are masked are marked.
+  int64_t first_key_of(int64_t i) const { return sum_step_down<E>(band.first_key(i)); }
+  int64_t end_key_of(int64_t i) const { return least(sum_step_up<E>(band.end_key(i)), band.keys); }
 
   // A panel over the keys of a tile.
   template <int kN>
@@ -316,14 +332,26 @@ struct Forward {
       drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
       if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
     }
+    if constexpr (kInTiles<E>) clear_unseen(spans, keys);
     C* out = s.out + l * p.Dv;
     if (careful) return add_values_carefully<kN>(spans, v, out, rescale);
-    if constexpr (kN > 1)
+    if constexpr (kN > 1 && !kInTiles<E>)
       if (!spans.same())
         return multiply_spans_meanwhile<kN, Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width,
                                                                           out, width, rescale, spans, next.k, next.v);
-    multiply_meanwhile<Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
-                                                     rescale, keys, next.k, next.v);
+    multiply_meanwhile<Onto::scaled_c, E, kValueUnit>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
+                                                      rescale, keys, next.k, next.v);
+  }
+
+  // Weights of keys that a vector of queries does not see and others do: tile registers take them all.
+  template <int kN>
+  HEEDFUL_FN void clear_unseen(const Spans<kN>& spans, int64_t keys) const {
+    for (int v = 0; v < kN; ++v) {
+      const auto clear = [&](int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; ++j) store(s.weights + (j * kN + v) * n, Vec<E>{});
+      };
+      clear(0, spans.first[v] / kDepth<E>), clear(terms<E>(spans.end[v]), terms<E>(keys));
+    }
   }
 
   template <int kN>
@@ -331,13 +359,14 @@ struct Forward {
     constexpr int stride = kN * n;
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
-        Vec<C> sum = {};  // in the order of `multiply`: the bits do not depend on the way
+        SumInOrder<E> sum;  // as `multiply` has it: the bits do not depend on the way
+        const Operand<E, kValueUnit> values{v.data, v.stride};
         for (int64_t j = keys.first[x] / kDepth<E>; j < terms<E>(keys.end[x]); ++j) {
           const Vec<E> weight = load(s.weights + (j * kN + x) * n);
-          sum = multiply_add<E>(sum, where_unmarked<E>(broadcast_element(v.data + j * v.stride + d), weight), weight);
+          sum.add(j, where_unmarked<E>(broadcast_element(values.at(d, j)), weight), weight);
         }
-        sum += load(out + d * stride + x * n) * load(rescale + x * n);
-        store(out + d * stride + x * n, sum);
+        C* to = out + d * stride + x * n;
+        store(to, sum.total() + load(to) * load(rescale + x * n));
       }
   }
 

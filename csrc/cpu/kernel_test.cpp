@@ -10,8 +10,9 @@
 #include "kernel_test_definition.h"
 
 namespace heedful::cpu {
-extern const InstructionSet kSplitBf16;  // kernel_test_bf16.cpp
-}
+extern const InstructionSet kSplitBf16;      // kernel_test_bf16.cpp
+extern const InstructionSet kEmulatedTiles;  // kernel_test_tiles.cpp
+}  // namespace heedful::cpu
 
 namespace {
 
@@ -35,7 +36,7 @@ void run(Planner planner, Problem& p) {
 }
 
 const std::vector<const InstructionSet*> kInstructionSets = [] {
-  std::vector<const InstructionSet*> runnable{&kSplitBf16};
+  std::vector<const InstructionSet*> runnable{&kSplitBf16, &kEmulatedTiles};
   const std::vector<std::string>& here = this_machine().cpu;
   for (const InstructionSet* isa : instruction_sets())
     if (std::find(here.begin(), here.end(), isa->name) != here.end()) runnable.push_back(isa);

@@ -35,6 +35,6 @@ struct InstructionSet {
 };
 
 // Defined where the architecture has them.
-extern const InstructionSet kBaseline, kAvx2, kAvx512, kAvx512Bf16;
+extern const InstructionSet kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 
 }  // namespace heedful::cpu

@@ -2,6 +2,7 @@
 // A block of kRows x kVectors accumulators, or of more rows and fewer vectors, stays in registers for the whole sum.
 #pragma once
 
+#include "microkernel_tiles.h"
 #include "operands.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -10,19 +11,6 @@ namespace heedful::HEEDFUL_TARGET {
 // takes 4 cycles and two start in each, so 8 accumulators would hide its latency.
 constexpr int kRows = 6;
 constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
-
-// Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
-enum class Unit { row, k };
-// What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long
-// sum that are added up lose far less to rounding than one long chain. `nothing_topped` raises one number per lane to
-// the largest sum of its column, too.
-enum class Onto { nothing, nothing_topped, c, scaled_c };
-
-template <class E, Unit unit>
-struct Operand {
-  const E* data;
-  int64_t stride;  // of the other index
-};
 
 // Elements of a sum after which it pauses, for ranges that do something else meanwhile (ahead.h).
 constexpr int64_t kPace = 8;
@@ -158,14 +146,18 @@ HEEDFUL_FN void for_each_panel(int64_t lanes, F f) {
 template <Onto onto, class E, Unit unit, class Range>
 HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, Sum<E>* c,
                              int64_t c_stride, int64_t lanes, Sum<E>* per_lane, const Range& range) {
-  for_each_panel<E, true>(lanes, [&](int64_t l, auto vectors) {
-    multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, per_lane + l, range);
-  });
+  if constexpr (kInTiles<E>)
+    multiply_in_tiles<onto>(a, m0, m1, b, b_stride, c, c_stride, lanes, per_lane, range);
+  else
+    for_each_panel<E, true>(lanes, [&](int64_t l, auto vectors) {
+      multiply_panel<vectors.value, onto>(a, m0, m1, b + l, b_stride, c + l, c_stride, per_lane + l, range);
+    });
 }
 
 // Pauses of a product of so many rows and lanes, at least.
 template <class E>
 HEEDFUL_FN int64_t pauses(int64_t rows, int64_t lanes, int64_t numbers) {
+  if constexpr (kInTiles<E>) return pauses_in_tiles(rows, lanes);
   int64_t tiles = 0;
   for_each_panel<E, true>(lanes, [&](int64_t, auto vectors) {
     constexpr int kTile = kRows * kRowStep<vectors.value>;

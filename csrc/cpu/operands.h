@@ -95,6 +95,26 @@ HEEDFUL_FN Vec<E> where_unmarked(Vec<E> b, Vec<E> weight) {
     return b & ~(((weight >> 15) & 0x00010001) * 0xffff);
 }
 
+// ---- of a product: C[m][n] (+)= sum_k A[m][k] * B[k][n]
+// ---------------------------------------------------------------
+
+// Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
+enum class Unit { row, k };
+template <class E, Unit unit>
+struct Operand {
+  const E* data;
+  int64_t stride;  // of the other index
+
+  HEEDFUL_FN const E* at(int64_t m, int64_t k) const {
+    return unit == Unit::k ? data + m * stride + k : data + m + k * stride;
+  }
+};
+
+// What the sum is added to: nothing, C, or C times one factor per lane. The sum itself starts at zero: blocks of a long
+// sum that are added up lose far less to rounding than one long chain. `nothing_topped` raises one number per lane to
+// the largest sum of its column, too.
+enum class Onto { nothing, nothing_topped, c, scaled_c };
+
 // ---- from rows of float32, rounded to nearest -----------------------------------------------------------------------
 
 HEEDFUL_FN Vec<BFloat16x2> join(Vec<float> first, Vec<float> second) {
@@ -115,6 +135,27 @@ HEEDFUL_CALLED void join_rows(BFloat16x2* to, int64_t to_stride, const float* fr
     for (int64_t l = 0; l < width; l += kLanes<float>) {
       const float* first = from + r * from_stride + l;
       store(to + l, join(load(first), r + 1 < rows ? load(first + from_stride) : Vec<float>{}));
+    }
+}
+
+// to[l][r] = (from[2 r][l], from[2 r + 1][l]): likewise, turned; zeros up to the stride, a multiple of the vector.
+HEEDFUL_CALLED void join_rows_turned(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride,
+                                     int64_t rows, int64_t width) {
+  constexpr int n = kLanes<float>;
+  for (int64_t r = 0; r < to_stride; r += n)
+    for (int64_t l = 0; l < width; l += n) {
+      Vec<BFloat16x2> square[n];
+      const float* row = from + 2 * r * from_stride + l;
+      if (2 * (r + n) <= rows) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i, row += 2 * from_stride) square[i] = join(load(row), load(row + from_stride));
+      } else {
+        for (int64_t i = 0, left = rows - 2 * r; i < n; ++i, left -= 2, row += 2 * from_stride)
+          square[i] = join(left > 0 ? load(row) : Vec<float>{}, left > 1 ? load(row + from_stride) : Vec<float>{});
+      }
+      transpose<BFloat16x2>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store(to + (l + i) * to_stride + r, square[i]);
     }
 }
 
@@ -268,6 +309,20 @@ HEEDFUL_FN Rows<E> in_memory(Source<S> rows) {
 HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFloat16> from, int64_t rows,
                                    int64_t dim) {
   constexpr int n = kLanes<BFloat16x2>;
+  if (from.row_stride == 1 && from.lane_stride > 1 && to_stride % n == 0) {
+    for (int64_t r = 0; r < rows; r += n)
+      for (int64_t d = 0; d < to_stride; d += n) {
+        Vec<BFloat16x2> square[n] = {};
+        for (int i = 0; i < n && 2 * (d + i) < dim; ++i) {
+          const BFloat16* first = from.data + r + 2 * (d + i) * from.lane_stride;
+          const BFloat16* second = 2 * (d + i) + 1 < dim ? first + from.lane_stride : nullptr;
+          load_pairs_of_rows(reinterpret_cast<Vec<BFloat16x2>(&)[1]>(square[i]), first, second, rows - r);
+        }
+        transpose<BFloat16x2>(square);
+        for (int64_t i = 0; i < least<int64_t>(rows - r, n); ++i) store(to + (r + i) * to_stride + d, square[i]);
+      }
+    return;
+  }
   const int64_t whole = from.lane_stride == 1 ? dim / 2 / n * n : 0, end = terms<BFloat16x2>(dim);
   for (int64_t r = 0; r < rows; ++r, to += to_stride) {
     const BFloat16* row = from.data + r * from.row_stride;
