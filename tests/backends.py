@@ -16,10 +16,10 @@ from cases import PARAMETERS, Case
 from heedful import ops
 
 CUDA, EMULATED = "cuda", "cuda-emulated"
-# Each machine runs those up to its own capability. The last one has kernels of bfloat16 alone; the others are the one's
-# before it.
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
-BF16 = "cpu-avx512_bf16"
+# Each machine runs those up to its own capability. The last ones have kernels of bfloat16 alone; the others are those
+# of avx512.
+OF_BF16 = ("avx512_bf16", "amx_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", *OF_BF16)
 BACKENDS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), EMULATED, CUDA)
 
 # The CUDA kernels' operators on the CPU (CMakeLists.txt, HEEDFUL_EMULATED_TEST), which no wheel has.
@@ -43,6 +43,11 @@ class Backend:
             return cls(name, "cpu")
         device, _, isa = name.partition("-")
         return cls(name, device, isa or None)
+
+    @property
+    def of_bf16(self) -> bool:
+        """Whether it has kernels of bfloat16 alone."""
+        return self.isa in OF_BF16
 
     def missing(self) -> str | None:
         """Why this machine cannot run the backend, or None where it can."""

@@ -14,7 +14,6 @@ import torch
 
 from backends import (
     BACKENDS,
-    BF16,
     CUDA,
     EMULATED,
     MOST_EMULATED_SECONDS,
@@ -102,7 +101,9 @@ def _suits_emulator(item: pytest.Item) -> bool:
 
 
 def _suits_bf16(item: pytest.Item) -> bool:
-    return _backend_of(item) != BF16 or item.callspec.params.get("dtype", torch.bfloat16) is torch.bfloat16
+    if not Backend.named(_backend_of(item) or "").of_bf16:
+        return True
+    return item.callspec.params.get("dtype", torch.bfloat16) is torch.bfloat16
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends import BF16
+from backends import Backend
 from cases import PARAMETERS, Case, Problem, build, causal, definition_results, packed, short
 from oracle_scores import seen_pairs
 from table import FEATURES, TOGETHER
@@ -176,7 +176,7 @@ def geometric_means(backend: str, dtype: str, cases: tuple[Case, ...] = ()) -> d
 def mean_at_most(kind: str, dtype: torch.dtype, backend: str) -> float:
     if kind in SUMS:
         return SUMS_MEAN_AT_MOST
-    return BF16_MEAN_AT_MOST if backend == BF16 else MEANS_AT_MOST[dtype]
+    return BF16_MEAN_AT_MOST if Backend.named(backend).of_bf16 else MEANS_AT_MOST[dtype]
 
 
 def table() -> list[str]:

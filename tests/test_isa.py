@@ -17,7 +17,7 @@ import torch
 import cases
 import heedful
 import heedful._info
-from backends import INSTRUCTION_SETS, available_backends
+from backends import INSTRUCTION_SETS, OF_BF16, available_backends
 from cases import Case, build, causal
 
 AVAILABLE = [backend.isa for backend in available_backends() if backend.isa]
@@ -53,7 +53,7 @@ def test_forcing_takes_effect(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     bits = {}
     for isa in (*AVAILABLE, *AVAILABLE):
         monkeypatch.setenv("HEEDFUL_CPU_ISA", isa)
-        runs = "avx512" if isa == "avx512_bf16" and dtype is torch.float32 else isa
+        runs = "avx512" if isa in OF_BF16 and dtype is torch.float32 else isa
         assert heedful.explain(problem.q, problem.k, problem.v).isa == runs
         _, lse = problem.forward()
         assert torch.equal(bits.setdefault(isa, lse), lse)
@@ -159,7 +159,7 @@ def test_avx2_code_has_no_avx512() -> None:
 def test_each_instruction_set_is_used() -> None:
     """What is compiled for an instruction set uses it, so that the tests above look at what they mean."""
     built = heedful._info.build_info()["isas"]
-    for isa, kind in (("avx2", "avx"), ("avx512", "avx512"), ("avx512_bf16", "avx512")):
+    for isa, kind in (("avx2", "avx"), ("avx512", "avx512"), *((isa, "avx512") for isa in OF_BF16)):
         if isa in built:
             used = [f for f, kinds in kinds_by_function().items() if isa_of(f) == isa and kind in kinds]
             assert len(used) >= 4, isa

@@ -7,7 +7,7 @@ import torch
 
 import cases
 import precision
-from backends import BF16, Backend
+from backends import Backend
 from cases import Case
 
 pytestmark = pytest.mark.xdist_group("precision")  # the averages are of what this process has measured
@@ -32,7 +32,7 @@ def test_errors_are_no_larger_on_average(dtype: torch.dtype, backend: Backend) -
     assert means.keys() == set(precision.KINDS)
     too_large = {kind: mean for kind, mean in means.items() if mean > precision.mean_at_most(kind, dtype, backend.name)}
     assert not too_large, too_large
-    if backend.name == BF16:
+    if backend.of_bf16:
         means = precision.geometric_means(backend.name, cases.short(dtype), precision.FUSED)
         too_large = {kind: mean for kind, mean in means.items() if mean > precision.BF16_FUSED_MEAN_AT_MOST}
         assert means and not too_large, too_large
