@@ -32,6 +32,8 @@ struct Backward : BackwardTasks {
   using C = Compute<S>;
   static constexpr int n = kLanes<C>;
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
+  static constexpr int64_t kQueries = kInTiles<E> ? 128 : 64;
+  static_assert(kQueries <= kMostQueries);
   // Which way P and dS lie for the sums over queries: along those for tile registers, else along the keys.
   static constexpr Unit kWeightUnit = kInTiles<E> ? Unit::k : Unit::row;
 
@@ -262,7 +264,10 @@ struct Backward : BackwardTasks {
            all_finite<C>(key_row(p.v, j0), p.v.stride[2], p.v.stride[3], keys, p.Dv);
   }
 
-  int64_t tile_end(int64_t i0) const { return p.tiles.data ? (i0 / kMaskTile + 1) * kMaskTile : i0 + kQueries; }
+  int64_t tile_end(int64_t i0) const {
+    if (p.tiles.data) return (i0 / kMaskTile + 1) * kMaskTile;
+    return i0 + (p.mask.data ? least(kQueries, int64_t{kMaskTile}) : kQueries);  // a mask has words for so many
+  }
   void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
     const bool careful = !(finite && keys_are_finite(j0, keys));

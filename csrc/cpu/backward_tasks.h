@@ -15,7 +15,7 @@ struct HeadGroup {
 };
 
 struct BackwardTasks {
-  static constexpr int64_t kQueries = 64, kKeys = 128;
+  static constexpr int64_t kKeys = 128;
   static constexpr int64_t kRowsPerTask = 256;  // of those that take rows of queries
 
   // ---- heads --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ struct Decode {
   static constexpr int64_t kKeys = kMaskTile;  // 64 rows of D = 128 floats are 32 KB: K's, then V's, in the first cache
   static constexpr int64_t kChunk = 2048;      // 1 MB of K at D = 128: the join costs 1/2048 of it for each row
   static constexpr int64_t kSpan = 1024;       // keys, see attend_span
-  static constexpr int64_t kManyRows = 16, kMostRows = 64;  // of a task
+  static constexpr int64_t kManyRows = kInTiles<E> ? 8 : 16, kMostRows = 64;  // of a task
   using Few = FewRows<S, E>;
 
   // Sequences of so many queries decode; with more, queries fill the lanes of the forward kernel better.
@@ -141,7 +141,7 @@ struct Decode {
   // the rows of one task.
   static bool lie_in_lanes(const Problem& p, int64_t queries) {
     const int64_t rows = heads_per_group(p) * queries;
-    return rows >= kManyRows && rows % n == 0 && may_lie_in_lanes(p);
+    return rows >= kManyRows && (kInTiles<E> || rows % n == 0) && may_lie_in_lanes(p);
   }
   static bool may_lie_in_lanes(const Problem& p) {
     return p.similarity == Similarity::dot && keeps_products<E>(p) && !p.mask.data && !p.tiles.data && !has_dropout(p);

@@ -128,15 +128,16 @@ struct Forward {
     const S* v = row_of<const S>(p.v, band.batch, hk, band.k_row + j0);
     load_values(p, shared_values(p, band, b, hk, block), {v, p.v.stride[2], p.v.stride[3]}, j1 - j0);
   }
+  static int64_t value_stride(const Problem& p, int64_t keys) {
+    return padded<C>(kValueUnit == Unit::k ? terms<E>(keys) : p.Dv);
+  }
   static Rows<E> load_values(const Problem& p, E* to, Source<S> from, int64_t keys) {
-    if constexpr (kValueUnit == Unit::k) {
-      load_row_operand(to, terms<E>(kKeys), Source<S>{from.data, from.lane_stride, from.row_stride}, p.Dv, keys);
-      return {to, terms<E>(kKeys)};
-    } else {
-      const int64_t width = padded<C>(p.Dv);
-      load_operand(to, width, from, keys, p.Dv, width);
-      return {to, width};
-    }
+    const int64_t stride = value_stride(p, keys);
+    if constexpr (kValueUnit == Unit::k)
+      load_row_operand(to, stride, Source<S>{from.data, from.lane_stride, from.row_stride}, p.Dv, keys);
+    else
+      load_operand(to, stride, from, keys, p.Dv, stride);
+    return {to, stride};
   }
   // From its first key on to the key `j` of a block.
   static Rows<E> values_from(Rows<E> v, int64_t j) {
@@ -214,9 +215,8 @@ struct Forward {
     const Source<S> from = source(p.v, j0);
     if (s.v) return load_values(p, s.v, from, j1 - j0);
     if constexpr (kBFloat16x2) {
-      const Rows<E> block{shared_values(p, band, b, kv_head(), j0 / kKeys),
-                          kValueUnit == Unit::k ? terms<E>(kKeys) : padded<C>(p.Dv)};
-      return values_from(block, j0 % kKeys);
+      const int64_t block = j0 / kKeys, keys = least(kKeys, band.keys - block * kKeys);
+      return values_from({shared_values(p, band, b, kv_head(), block), value_stride(p, keys)}, j0 % kKeys);
     } else {
       return in_memory<E>(from);
     }

@@ -152,6 +152,8 @@ HEEDFUL_FN Vec<C> mask_edge(const Band& band, const Tile& t, int64_t lane, int64
   return top;
 }
 
+constexpr int64_t kMostQueries = 128;  // of a tile; with masks kMaskTile
+
 // s[row * stride + lane] = -inf where a pair of the tile is absent. `width` is the tile's lanes rounded up to whole
 // vectors. With keys in lanes they have to lie in one word.
 template <InLanes in_lanes, class C>
@@ -167,7 +169,7 @@ HEEDFUL_CALLED void apply_masks(const Band& band, const Tile& t, C* s, int64_t s
   for (int64_t j = t.j0 - (t.j0 - origin) % kWord; j < t.j1; j += kWord) {
     const int64_t first = most<int64_t>(t.j0 - j, 0), end = least(t.j1 - j, kWord);
     const uint64_t* given = t.words ? t.words[(j - origin) / kWord] + (t.i0 - t.words_i0) : nullptr;
-    alignas(64) uint64_t words[kMaskTile];
+    alignas(64) uint64_t words[kMostQueries];
     uint64_t missing = 0;
     for (int64_t i = 0; i < queries; ++i) {
       uint64_t word = given ? given[i] : ~uint64_t{};
