@@ -17,8 +17,9 @@ namespace heedful {
 namespace {
 
 // Whether the machine has tile registers with products of bfloat16, and Linux lets this process use them, for which it
-// wants to be asked: they make a thread's state 8 KB larger.
-bool may_use_tile_registers() {
+// wants to be asked: they make a thread's state 8 KB larger, and it refuses where a thread's stack for signals is
+// smaller. Its first answer counts for all threads.
+bool ask_for_tile_registers() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -28,6 +29,10 @@ bool may_use_tile_registers() {
 #else
   return false;
 #endif
+}
+bool may_use_tile_registers() {
+  static const bool may = ask_for_tile_registers();
+  return may;
 }
 
 bool machine_has([[maybe_unused]] const std::string& isa) {
@@ -64,7 +69,7 @@ Refusal refusal_of(const Problem& p, const cpu::InstructionSet& isa, const std::
     return std::find(machine.cpu.begin(), machine.cpu.end(), name) != machine.cpu.end();
   };
   if (!has(isa.name)) return Refusal::machine;
-  // What the kernels for pairs leave is done by those of the same machine, whichever of the two is forced.
+  // What the kernels for pairs leave is done by those of the same machine, whichever of them is forced.
   const bool left = isa.name == std::string_view("avx512") && has(machine.forced) &&
                     (machine.forced == "avx512_bf16" || machine.forced == "amx_bf16");
   if (!machine.forced.empty() && machine.forced != isa.name && !left) return Refusal::forced;

@@ -111,6 +111,8 @@ def instructions(listing: str) -> Iterator[tuple[str, str, str]]:
             kind = encoding(code.split())
             if kind == "avx" and (text.startswith("k") or re.search(r"%k[0-7]", text)):
                 kind = "avx512"
+            if "%tmm" in text:
+                kind = "amx"
             yield function, kind, text
 
 
@@ -147,19 +149,25 @@ def offenders(isas: tuple[str | None, ...], forbidden: tuple[str, ...]) -> list[
 
 def test_baseline_code_runs_anywhere() -> None:
     """Neither the baseline kernels nor anything that all share holds an instruction that an old machine lacks."""
-    assert not offenders(("baseline",), ("avx512", "avx", "ssse3"))
-    assert not offenders((None,), ("avx512", "avx", "ssse3"))
+    assert not offenders(("baseline",), ("amx", "avx512", "avx", "ssse3"))
+    assert not offenders((None,), ("amx", "avx512", "avx", "ssse3"))
 
 
 @pytest.mark.skipif("avx2" not in heedful._info.build_info()["isas"], reason="the library has no AVX2 kernels")
 def test_avx2_code_has_no_avx512() -> None:
-    assert not offenders(("avx2",), ("avx512",))
+    assert not offenders(("avx2",), ("amx", "avx512"))
+
+
+@pytest.mark.skipif("avx512" not in heedful._info.build_info()["isas"], reason="the library has no AVX-512 kernels")
+def test_avx512_code_has_no_tile_registers() -> None:
+    assert not offenders(("avx512",), ("amx",))
+    assert not offenders(("avx512_bf16",), ("amx",))
 
 
 def test_each_instruction_set_is_used() -> None:
     """What is compiled for an instruction set uses it, so that the tests above look at what they mean."""
     built = heedful._info.build_info()["isas"]
-    for isa, kind in (("avx2", "avx"), ("avx512", "avx512"), *((isa, "avx512") for isa in OF_BF16)):
+    for isa, kind in (("avx2", "avx"), ("avx512", "avx512"), ("avx512_bf16", "avx512"), ("amx_bf16", "amx")):
         if isa in built:
             used = [f for f, kinds in kinds_by_function().items() if isa_of(f) == isa and kind in kinds]
             assert len(used) >= 4, isa

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import cases
+import heedful
 from backends import Backend
 from cases import Case, Problem, build, check, definition_results, packed
 from oracle_scores import combine, seen_pairs
@@ -331,6 +332,20 @@ def test_values_beside_the_band_may_overflow(kind: str, dtype: torch.dtype, back
         k=spoiled(clean.k, unseen, top), v=spoiled(clean.v, unseen, top),
     )  # fmt: skip
     check(dirty, truth=clean.truth())
+
+
+@pytest.mark.parametrize("heads", [7, 8, 71], ids=lambda heads: f"{heads} heads")
+def test_an_unseen_value_changes_no_bit_of_one_query(heads: int, backend: Backend) -> None:
+    """Pairs that are left out one by one leave the rest's sum as it was, in tasks of few heads and of many."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(shape, generator=generator).to(backend.device, torch.bfloat16)
+        for shape in ((48, heads, 1, 8), (48, 1, 300, 8), (48, 1, 300, 1024))
+    )
+    mask = heedful.SlidingWindow(100, 0)
+    out = heedful.attention(q, k, v, mask=mask)
+    v[:, :, 194] = math.nan
+    assert torch.equal(heedful.attention(q, k, v, mask=mask), out)
 
 
 @pytest.mark.cuda_kernels

@@ -138,7 +138,7 @@ struct Backward : BackwardTasks {
     E *q, *dout;            // [kQueries][D]; null where they are read where they lie
     E *q_rows, *dout_rows;  // of pairs: likewise, but along D
     C *p, *ds;              // [kQueries][kKeys]
-    E *weights, *grads;     // P and dS, likewise: as operands
+    E *weights, *grads;     // P and dS as operands, likewise; of tile registers turned
     E* grad_rows;           // dS, pairs along the keys
     KeyGradients<C> sum;    // [kKeys]
     KeyGradients<C> other;  // likewise, of a head that is added to others

@@ -137,8 +137,8 @@ struct Decode {
   }
 
   // Many rows lie in lanes, as queries do in the forward kernel, where nothing but the band changes their scores and
-  // the group's fill whole vectors: keys are read where they lie, and maxima need no shuffles. It must not depend on
-  // the rows of one task.
+  // the group's fill whole vectors, if not tile registers: keys are read where they lie, and maxima need no shuffles.
+  // It must not depend on the rows of one task.
   static bool lie_in_lanes(const Problem& p, int64_t queries) {
     const int64_t rows = heads_per_group(p) * queries;
     return rows >= kManyRows && (kInTiles<E> || rows % n == 0) && may_lie_in_lanes(p);
@@ -325,7 +325,7 @@ struct Decode {
       const RowsAhead next = r ? RowsAhead{} : block_ahead(p.k, p.D, j1);
       if (careful) return add_values_carefully(values, keys, Operand<E, Unit::row>{weights, width}, out, count);
       if constexpr (kInTiles<E>) {
-        turn_rows(s.weight_rows, kWeights, {weights, width}, count, kWeights);
+        turn_rows(s.weight_rows, kWeights, {weights, width}, width, terms<E>(keys));
         multiply_meanwhile<Onto::c, E, Unit::k>({s.weight_rows, kWeights}, 0, count, values.data, values.stride, out,
                                                 dim, dim, out, keys, next);
       } else {
@@ -495,7 +495,7 @@ struct Decode {
   template <class T, Unit unit>
   HEEDFUL_CALLED void add_values_carefully(const Rows<T>& v, int64_t keys, Operand<E, unit> weights, C* out,
                                            int64_t count) const {
-    if (rows() < kManyRows)  // which few_rows adds up
+    if (!in_lanes && rows() < kManyRows)  // which few_rows adds up
       add_values_in_order<SumInOrder<E, false>>(v, keys, weights, out, count);
     else
       add_values_in_order<SumInOrder<E>>(v, keys, weights, out, count);

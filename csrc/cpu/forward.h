@@ -56,7 +56,7 @@ struct Forward {
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
-      s->v = shares_values(p) ? nullptr : carve.take<E>(value_block(p));
+      s->v = shares_values(p) ? nullptr : carve.take<E>(units(keys) * unit_size(p));
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
@@ -94,37 +94,37 @@ struct Forward {
     if (may_decode) Decode<S, E>::plan(p, plan);
     if (may_decode && p.Sq <= Decode<S, E>::kFewQueries) return;
     if (shares_values(p)) {
-      plan->phases[plan->phase_count++] = {p.B * p.Hk * blocks_of_keys(p.Sk), &pair_values};
+      plan->phases[plan->phase_count++] = {p.B * p.Hk * value_blocks(p), &pair_values};
       Carver workspace{nullptr};
-      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * value_blocks(p) * value_block(p));
+      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * units_of_head(p) * unit_size(p));
       plan->workspace_bytes = most(plan->workspace_bytes, workspace.size);
     }
     plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
   }
 
-  // ---- values as pairs, which many blocks of queries share
-  // ------------------------------------------------------------
+  // ---- values as pairs, which many blocks of queries share ----------------------------------------------------------
 
   // Where they are worth a phase, and no more are made than the blocks read, whatever a window leaves of them.
   static constexpr int64_t kManyBlocks = 8;
   static bool shares_values(const Problem& p) {
     return kBFloat16x2 && heads_per_group(p) * blocks(p) >= kManyBlocks && heads_per_group(p) * p.Sq >= p.Sk;
   }
-  // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole blocks.
-  static int64_t blocks_of_keys(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
-  static int64_t value_blocks(const Problem& p) { return p.k_offsets ? p.k_rows / kKeys + p.B : blocks_of_keys(p.Sk); }
-  static int64_t value_block(const Problem& p) { return terms<E>(kKeys) * padded<C>(p.Dv); }  // its pairs
+  // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole units.
+  static constexpr int64_t kUnit = kSumStep<E>;
+  static int64_t value_blocks(const Problem& p) { return (p.Sk + kKeys - 1) / kKeys; }
+  static int64_t units(int64_t keys) { return (keys + kUnit - 1) / kUnit; }
+  static int64_t unit_size(const Problem& p) { return terms<E>(kUnit) * padded<C>(p.Dv); }
+  static int64_t units_of_head(const Problem& p) { return p.k_offsets ? p.k_rows / kUnit + p.B : units(p.Sk); }
   static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t block) {
-    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / kKeys + b : 0;
-    return static_cast<E*>(p.workspace) + (head * value_blocks(p) + first + block) * value_block(p);
+    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / kUnit + b : 0;
+    return static_cast<E*>(p.workspace) + (head * units_of_head(p) + first + block * (kKeys / kUnit)) * unit_size(p);
   }
   static void pair_values(const Problem& p, int64_t task, void*) {
-    const int64_t blocks = blocks_of_keys(p.Sk), block = task % blocks, head = task / blocks, b = head / p.Hk;
+    const int64_t block = task % value_blocks(p), head = task / value_blocks(p), b = head / p.Hk, hk = head % p.Hk;
     const int64_t j0 = block * kKeys;
     const Band band(p, b);
     const int64_t j1 = least(j0 + kKeys, band.keys);
     if (j0 >= j1 || Decode<S, E>::decodes(p, band)) return;
-    const int64_t hk = head % p.Hk;
     const S* v = row_of<const S>(p.v, band.batch, hk, band.k_row + j0);
     load_values(p, shared_values(p, band, b, hk, block), {v, p.v.stride[2], p.v.stride[3]}, j1 - j0);
   }

@@ -47,14 +47,17 @@ void test(const Call& call) {
   const Case& c = call.c;
   Call expected = call.in_float64();
   define(expected.problem(), c.dtype);
+  // One thread joins groups of keys, many split groups of heads, and two may do neither: each set meets all in turn.
+  constexpr int64_t kThreads[] = {1, 2, 64};
+  static size_t tests = 0;
+  size_t turn = tests++;
   for (const InstructionSet* isa : kInstructionSets) {
+    ++turn;
     Call got = call;
     Problem p = got.problem();
     if (!isa->forward[int(DType::f32)] && why_not_bf16(p)) continue;
     run(isa->forward[int(c.dtype)], p);
-    static size_t turn = 0;  // of three: tests and instruction sets come in twos
-    constexpr int64_t kThreads[] = {1, 2, 64};
-    p.threads = kThreads[turn++ % 3];  // which joins groups of keys, splits groups of heads, or does not
+    p.threads = kThreads[turn % 3];
     run(isa->backward[int(c.dtype)], p);
     compare_results(isa->name, got, expected);
     compare_gradients(isa->name, got, expected);

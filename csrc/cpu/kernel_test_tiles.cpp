@@ -3,6 +3,7 @@
 #define HEEDFUL_VECTOR_BYTES 64
 #define HEEDFUL_VECTOR_REGISTERS 32
 #define HEEDFUL_TILE_REGISTERS
+#define HEEDFUL_EMULATED_TILES
 #include "isa/instruction_set.h"
 
 namespace heedful::cpu {

@@ -17,7 +17,7 @@ HEEDFUL_FN void load_register(const E* from, int64_t stride, int64_t rows, int64
   if (rows >= kTileRows && depth >= kTileRows) return TileRegisters::load<kTile>(from, stride);
   alignas(64) E some[kTileRows * kTileRows];
   for (int r = 0; r < kTileRows; ++r)
-    store(some + r * kTileRows, r < rows ? load_first<E>(from + r * stride, most<int64_t>(depth, 0)) : Vec<E>{});
+    store(some + r * kTileRows, r < rows ? load_first<E>(from + r * stride, depth) : Vec<E>{});
   TileRegisters::load<kTile>(some, int64_t{kTileRows});
 }
 

@@ -95,8 +95,7 @@ HEEDFUL_FN Vec<E> where_unmarked(Vec<E> b, Vec<E> weight) {
     return b & ~(((weight >> 15) & 0x00010001) * 0xffff);
 }
 
-// ---- of a product: C[m][n] (+)= sum_k A[m][k] * B[k][n]
-// ---------------------------------------------------------------
+// ---- of a product: C[m][n] (+)= sum_k A[m][k] * B[k][n] -------------------------------------------------------------
 
 // Where an element A[m][k] lies: one of the two strides is 1 in every product of attention.
 enum class Unit { row, k };

@@ -3,7 +3,7 @@
 //   c[m][n] += sum_k a[m][k].first * b[k][n].first + a[m][k].second * b[k][n].second
 //
 // of pairs of bfloat16, and of float32 in c. HEEDFUL_TILE_REGISTERS asks for products in them (microkernel_tiles.h);
-// where the compiler may not use the instructions they are memory, so that the kernels can be tested on any machine.
+// with HEEDFUL_EMULATED_TILES they are memory, so that the kernels can be tested on any machine.
 #pragma once
 
 #include "operands.h"
@@ -73,7 +73,7 @@ struct SumInOrder<BFloat16x2, true> {
 #if defined(HEEDFUL_TILE_REGISTERS)
 static_assert(kLanes<float> == kTileRows);
 
-#if defined(__AMX_BF16__)
+#if !defined(HEEDFUL_EMULATED_TILES)
 // For the time of a task: each thread has registers of its own, which have no shape until they are told.
 struct TileRegisters {
   struct alignas(64) Shapes {
