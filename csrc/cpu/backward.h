@@ -495,25 +495,14 @@ struct Backward : BackwardTasks {
     const int64_t stride = lanes_k(), dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
     const auto present = [&](int64_t i, int64_t j) { return i < queries && j < keys && !(s.p[i * stride + j] < 0); };
-    // c += sum_k a[m][k] * b[k], a row of `width` numbers; `at(k)` says whether its number k takes part.
-    const auto add_row = [&](C* c, int64_t count, auto a, int64_t m, Rows<E> b, int64_t width, auto at) {
-      for (int64_t l = 0; l < width; l += n) {
-        SumInOrder<E> sum;
-        for (int64_t k = 0; k < terms<E>(count); ++k) {
-          const auto part = [&](int half) { return at(k * kDepth<E> + half); };
-          sum.add(k, broadcast_element(a.at(m, k)), where_present<E>(load(b.data + k * b.stride + l), part));
-        }
-        store(c + l, load(c + l) + sum.total());
-      }
-    };
     for (int64_t j = 0; j < keys; ++j) {
       const auto seen = [&](int64_t i) { return present(i, j); };
-      add_row(sum.dv + j * dv, queries, weights(), j, rows.dout, dv, seen);
-      add_row(sum.dk + j * dk, queries, grads_of_keys(), j, rows.q, dk, seen);
+      add_row_carefully(sum.dv + j * dv, dv, weights(), j, queries, rows.dout, seen);
+      add_row_carefully(sum.dk + j * dk, dk, grads_of_keys(), j, queries, rows.q, seen);
     }
     const Operand<E, Unit::k> grads{s.grad_rows, terms<E>(stride)};
     for (int64_t i = 0; i < queries; ++i)
-      add_row(dq + i * dq_stride, keys, grads, i, {s.k, dk}, dk, [&](int64_t j) { return present(i, j); });
+      add_row_carefully(dq + i * dq_stride, dk, grads, i, keys, {s.k, dk}, [&](int64_t j) { return present(i, j); });
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------

@@ -154,6 +154,21 @@ HEEDFUL_CALLED void multiply(Operand<E, unit> a, int64_t m0, int64_t m1, const E
     });
 }
 
+// c += row m of the product over `count` numbers, of which B's take part where present(k) says so; added up as
+// `multiply` does, so that the bits do not depend on the way.
+template <class E, Unit unit, class F>
+HEEDFUL_FN void add_row_carefully(Sum<E>* c, int64_t lanes, Operand<E, unit> a, int64_t m, int64_t count, Rows<E> b,
+                                  F present) {
+  for (int64_t l = 0; l < lanes; l += kLanes<Sum<E>>) {
+    SumInOrder<E> sum;
+    for (int64_t k = 0; k < terms<E>(count); ++k) {
+      const auto part = [&](int half) { return present(k * kDepth<E> + half); };
+      sum.add(k, broadcast_element(a.at(m, k)), where_present<E>(load(b.data + k * b.stride + l), part));
+    }
+    store(c + l, load(c + l) + sum.total());
+  }
+}
+
 // Pauses of a product of so many rows and lanes, at least.
 template <class E>
 HEEDFUL_FN int64_t pauses(int64_t rows, int64_t lanes, int64_t numbers) {
