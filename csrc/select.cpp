@@ -16,11 +16,12 @@
 namespace heedful {
 namespace {
 
+#if defined(__x86_64__)
 // Whether the machine has tile registers with products of bfloat16, and Linux lets this process use them, for which it
 // wants to be asked: they make a thread's state 8 KB larger, and it refuses where a thread's stack for signals is
 // smaller. Its first answer counts for all threads.
 bool ask_for_tile_registers() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
@@ -34,6 +35,7 @@ bool may_use_tile_registers() {
   static const bool may = ask_for_tile_registers();
   return may;
 }
+#endif
 
 bool machine_has([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
