@@ -183,7 +183,7 @@ struct Backward : BackwardTasks {
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
-    [[maybe_unused]] const ProductRegisters<E> registers;
+    const ProductRegisters<E> registers;
     if (joins) w.dq = s.dq;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
       for (int64_t x = h0; x < (sums_heads(p) ? p.Hk : h0 + 1); ++x) {

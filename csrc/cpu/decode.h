@@ -185,7 +185,7 @@ struct Decode {
                    chunk,
                    hk * heads_per_group(p) + g,
                    heads};
-    [[maybe_unused]] const ProductRegisters<E> registers;
+    const ProductRegisters<E> registers;
     d.attend(false);
     // As in the forward kernel: a masked V_j that is not finite shows in the result.
     if (!all_finite<C, C>(d.part.out, padded<C>(p.Dv), 1, d.rows(), p.Dv) ||

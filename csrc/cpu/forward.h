@@ -147,7 +147,7 @@ struct Forward {
   static void run(const Problem& p, int64_t task, void* scratch) {
     const Forward f = of_task(p, task, scratch);
     if (f.i0 >= f.i1 || Decode<S, E>::decodes(p, f.band)) return;
-    [[maybe_unused]] const ProductRegisters<E> registers;
+    const ProductRegisters<E> registers;
     f.load_queries();
     f.attend(false);
     if (f.s.best) return f.store_best();

@@ -154,7 +154,7 @@ struct ProductRegisters {
 #if defined(HEEDFUL_TILE_REGISTERS)
   TileRegisters tiles;
 #else
-  ProductRegisters() {}
+  ProductRegisters() {}  // so that none is called unused
 #endif
 };
 
