@@ -355,6 +355,7 @@ struct Decode {
                                                            r ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
       if (!band.covers(0, band.queries, j0, j1)) {
         mask_lanes(j0, j1, r, count, scores, width);
+        for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
         find_tops<kN, C>(scores, all, top);
       }
       online_softmax<kN, E>(scores, joined, all, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);

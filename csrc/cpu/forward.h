@@ -319,10 +319,7 @@ struct Forward {
               mask_edge<InLanes::queries>(band, tile, edge * n, from, to, s.scores + edge * n, width, before));
     });
     ahead.expect_end();
-    if (!by_parts && !is_plain<E>(p, band, tile)) {
-      apply_scores<InLanes::queries, E>(p, band, tile, s.scores, int64_t{width}, int64_t{width}, s.parts, distances);
-      find_tops<kN, C>(s.scores, spans, top);
-    }
+    if (!by_parts && !is_plain<E>(p, band, tile)) finish_scores<kN>(tile, spans, distances, top);
     if (s.best) return find_best<kN>(spans, tile.j0, l);
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // dropout comes before pairs are joined
@@ -341,6 +338,23 @@ struct Forward {
                                                                           out, width, rescale, spans, next.k, next.v);
     multiply_meanwhile<Onto::scaled_c, E, kValueUnit>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
                                                       rescale, keys, next.k, next.v);
+  }
+
+  // A panel's products become scores, as many keys at a time as stay in the first cache until the largest are found.
+  template <int kN>
+  HEEDFUL_FN void finish_scores(const Tile& tile, const Spans<kN>& spans, const C* distances, C* top) const {
+    constexpr int width = kN * n;
+    const int64_t keys = tile.j1 - tile.j0;
+    for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+    for (int64_t from = 0, to; from < keys; from = to) {
+      to = least(from + kWord, keys);
+      Tile part = tile;
+      part.j0 = tile.j0 + from, part.j1 = tile.j0 + to;
+      C* const scores = s.scores + from * width;
+      apply_scores<InLanes::queries, E>(p, band, part, scores, int64_t{width}, int64_t{width}, s.parts,
+                                        distances ? distances + (keys - to) : nullptr);
+      find_tops<kN, C>(scores, spans.between(from, to), top);
+    }
   }
 
   // Weights of keys that a vector of queries does not see and others do: tile registers take them all.

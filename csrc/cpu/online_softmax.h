@@ -8,7 +8,7 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// The largest score of each query.
+// Raises each query's to its largest score.
 template <int kN, class C>
 HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {
   constexpr int n = kLanes<C>;
@@ -20,7 +20,7 @@ HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {
 #pragma GCC unroll 4
       for (int i = 0; i < rows.value; ++i) top[i] = maximum(load(scores + ((j + i) * kN + v) * n), top[i]);
     });
-    store(tops + v * n, maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+    for (const Vec<C>& each : top) store(tops + v * n, maximum(each, load(tops + v * n)));
   }
 }
 

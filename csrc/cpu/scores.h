@@ -79,21 +79,22 @@ HEEDFUL_FN Source<S> under(const View& view, const Tile& t) {
                                       : Source<S>{data, view.stride[2], view.stride[3]};
 }
 
-// s += bias of the tile.
+// s = scale s + bias of the tile.
 template <class C, class S>
-HEEDFUL_CALLED void add_bias_tile(C* s, int64_t stride, Source<S> bias, int64_t rows, int64_t lanes, int64_t width) {
-  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+HEEDFUL_CALLED void add_bias_tile(C* s, int64_t stride, C scale, Source<S> bias, int64_t rows, int64_t lanes,
+                                  int64_t width) {
+  const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), scales = broadcast<C>(scale);
   for_each_vector<C>(bias, rows, lanes, width, [&](int64_t r, int64_t l, Vec<C> x) {
     C* to = s + r * stride + l;
-    store(to, add_bias(load(to), x, minus_infinity));
+    store(to, add_bias(load(to) * scales, x, minus_infinity));
   });
 }
 
 template <InLanes in_lanes, class C>
-HEEDFUL_FN void add_bias_to(C* s, int64_t stride, const Problem& p, const Tile& t, int64_t rows, int64_t lanes,
+HEEDFUL_FN void add_bias_to(C* s, int64_t stride, C scale, const Problem& p, const Tile& t, int64_t rows, int64_t lanes,
                             int64_t width) {
   const auto add = [&](auto element) {
-    add_bias_tile(s, stride, under<in_lanes, decltype(element)>(p.bias, t), rows, lanes, width);
+    add_bias_tile(s, stride, scale, under<in_lanes, decltype(element)>(p.bias, t), rows, lanes, width);
   };
   if (p.bias_dtype == DType::f32) return add(float());
   if constexpr (sizeof(C) == 8) return add(double());
@@ -138,12 +139,13 @@ HEEDFUL_FN const C* distances_of(const ScoreParts<C>& parts, const Tile& t, cons
 
 // ---- softcap --------------------------------------------------------------------------------------------------------
 
+// s = cap tanh(scale s / cap).
 template <class C>
-HEEDFUL_FN void cap_scores(C* s, int64_t stride, int64_t rows, int64_t width, C cap, C* slopes) {
-  const Vec<C> caps = broadcast<C>(cap), inverse = broadcast<C>(1 / cap);
+HEEDFUL_FN void cap_scores(C* s, int64_t stride, C scale, int64_t rows, int64_t width, C cap, C* slopes) {
+  const Vec<C> scales = broadcast<C>(scale), caps = broadcast<C>(cap), inverse = broadcast<C>(1 / cap);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t l = 0; l < width; l += kLanes<C>) {
-      const Vec<C> t = load(s + r * stride + l);
+      const Vec<C> t = load(s + r * stride + l) * scales;
       store(s + r * stride + l, soft_cap(t, caps, inverse));
       if (slopes) store(slopes + r * width + l, soft_cap_slope(t, inverse));
     }
@@ -165,16 +167,17 @@ HEEDFUL_CALLED void apply_scores(const Problem& p, const Band& band, const Tile&
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t l = 0; l < width; l += n) store(s + r * stride + l, change(load(s + r * stride + l), r, l));
   };
-  if (scales_products<E>(p)) {
-    const Vec<C> scale = broadcast<C>(scale_of<C>(p, t.b, t.h));
-    each([&](Vec<C> x, int64_t, int64_t) { return x * scale; });
-  }
-  if (p.softcap != 0) cap_scores<C>(s, stride, rows, width, C(p.softcap), parts.slopes);
-  if (p.bias.data) add_bias_to<in_lanes>(s, stride, p, t, rows, lanes, width);
+  // The first of these scales the products, if they are not scaled yet.
+  C scale = scales_products<E>(p) ? scale_of<C>(p, t.b, t.h) : C(1);
+  if (p.softcap != 0) cap_scores<C>(s, stride, scale, rows, width, C(p.softcap), parts.slopes), scale = 1;
+  if (p.bias.data) add_bias_to<in_lanes>(s, stride, scale, p, t, rows, lanes, width), scale = 1;
+  const Vec<C> scales = broadcast<C>(scale);
   if (distances)
     each([&](Vec<C> x, int64_t r, int64_t l) {
-      return add_bias(x, load(distances + (rows - 1 - r) + l), minus_infinity);
+      return add_bias(x * scales, load(distances + (rows - 1 - r) + l), minus_infinity);
     });
+  else if (scale != 1)
+    each([&](Vec<C> x, int64_t, int64_t) { return x * scales; });
   apply_masks<in_lanes>(band, t, s, stride, width);
 }
 

@@ -43,6 +43,14 @@ struct Spans {
   HEEDFUL_FN bool same() const { return first[kN - 1] == first[0] && end[kN - 1] == end[0]; }
   HEEDFUL_FN bool whole() const { return first_whole == first[0] && end_whole == end[kN - 1]; }
   HEEDFUL_FN int64_t count() const { return end[kN - 1] - first[0]; }
+  // What there is of them between two rows, counted from the first of these.
+  HEEDFUL_FN Spans between(int64_t from, int64_t to) const {
+    const auto part = [&](int64_t row) { return clamp(row, from, to) - from; };
+    Spans spans;
+    for (int v = 0; v < kN; ++v) spans.first[v] = part(first[v]), spans.end[v] = part(end[v]);
+    spans.first_whole = part(first_whole), spans.end_whole = part(end_whole);
+    return spans;
+  }
 
   // f(from, to, lo, hi) for each run that the vectors [lo, hi) share: those that see it.
   template <class F>
