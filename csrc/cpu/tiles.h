@@ -34,18 +34,28 @@ constexpr int next_bit(int bit) {
   return bit == 1 ? 16 / sizeof(T) : bit <= kFirstBit<T> ? bit / 2 : 2 * bit;
 }
 
+template <class T, int kBit, int kCount>
+HEEDFUL_FN void trade_halves(Vec<T> (&rows)[kCount]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kCount; ++r)
+    if (!(r & kBit)) {
+      const Vec<T> first = take_halves<T, kBit <= kFirstBit<T>, false>(rows[r], rows[r | kBit]);
+      rows[r | kBit] = take_halves<T, kBit <= kFirstBit<T>, true>(rows[r], rows[r | kBit]);
+      rows[r] = first;
+    }
+}
 template <class T, int kBit = kFirstBit<T>>
 HEEDFUL_FN void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kBit < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kLanes<T>; ++r)
-      if (!(r & kBit)) {
-        const Vec<T> first = take_halves<T, kBit <= kFirstBit<T>, false>(rows[r], rows[r | kBit]);
-        rows[r | kBit] = take_halves<T, kBit <= kFirstBit<T>, true>(rows[r], rows[r | kBit]);
-        rows[r] = first;
-      }
+    trade_halves<T, kBit>(rows);
     transpose<T, next_bit<T>(kBit)>(rows);
   }
+}
+// The square of each block by itself.
+template <class T, int kBit = kFirstBit<T>>
+HEEDFUL_FN void transpose_blocks(Vec<T> (&rows)[2 * kFirstBit<T>]) {
+  trade_halves<T, kBit>(rows);
+  if constexpr (kBit > 1) transpose_blocks<T, kBit / 2>(rows);
 }
 
 // Each of n vectors' lanes joined to one, in the vector's own lane of the result.
