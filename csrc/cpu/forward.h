@@ -46,7 +46,7 @@ struct Forward {
   };
   // A null base only measures.
   static size_t carve(const Problem& p, char* base, Scratch* s) {
-    const int64_t panel = kVectors * n, lanes = most<int64_t>(kQueries, n), keys = least(kKeys, p.Sk);
+    const int64_t panel = kVectors * n, lanes = most<int64_t>(block_queries(p), kQueries), keys = least(kKeys, p.Sk);
     Carver carve{base};
     s->q = carve.take<E>(terms<E>(embedded_dim(p)) * lanes);
     s->out = carve.take<C>(p.Dv * lanes);
@@ -56,11 +56,11 @@ struct Forward {
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
-      s->v = shares_values(p) ? nullptr : carve.take<E>(units(keys) * unit_size(p));
+      s->v = v_in_place(p) ? nullptr : carve.take<E>(units(keys) * unit_size(p));
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
-      s->v = in_place(p.v, p.Dv) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
+      s->v = v_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
     }
     s->best = p.normalizer == Normalizer::hard ? carve.take<Int<C>>(lanes) : nullptr;
     s->parts = ScoreParts<C>(p, carve, keys, panel, lanes, false);
@@ -72,16 +72,21 @@ struct Forward {
     return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
   }
   static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
+  static bool v_in_place(const Problem& p) { return kBFloat16x2 ? shares_values(p) : in_place(p.v, p.Dv); }
 
-  // Smaller ones where there would be too few for several threads; half a panel for windows so narrow that a panel's
-  // queries have no key in common (spans.h). Results do not depend on it: a query's key blocks lie where they lie, and
-  // masked keys add nothing.
+  // Larger blocks where each packs keys or values, but of a bool or block mask, which has words for kQueries. Smaller
+  // ones where there would be too few for several threads; half a panel for windows so narrow that a panel's queries
+  // have no key in common (spans.h). Results do not depend on it: a query's key blocks lie where they lie, and masked
+  // keys add nothing.
   static int64_t block_queries(const Problem& p) {
     constexpr int64_t kFewTasks = 4, kPanel = kVectors * n;
     const auto side = [](int64_t keys) { return clamp(keys, -kQueries, 2 * kQueries); };
     if (kVectors > 2 && side(p.left) + side(p.right) + 1 < kPanel) return kPanel / 2;
-    const bool few = p.B * p.Hq * ((p.Sq + kQueries - 1) / kQueries) < kFewTasks;
-    return few ? least(kQueries, 2 * kPanel) : kQueries;
+    const auto tasks = [&](int64_t queries) { return p.B * p.Hq * ((p.Sq + queries - 1) / queries); };
+    const bool packs = !k_in_place(p) || !v_in_place(p);
+    for (int64_t large = 4 * kQueries; packs && !p.mask.data && !p.tiles.data && large > kQueries; large /= 2)
+      if (p.Sq > large / 2 && tasks(large) >= kFewTasks * p.threads) return large;
+    return tasks(kQueries) < kFewTasks ? least(kQueries, 2 * kPanel) : kQueries;
   }
   static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
 
@@ -105,9 +110,9 @@ struct Forward {
   // ---- values as pairs, which many blocks of queries share ----------------------------------------------------------
 
   // Where they are worth a phase, and no more are made than the blocks read, whatever a window leaves of them.
-  static constexpr int64_t kManyBlocks = 8;
+  static constexpr int64_t kManyQueries = 448;
   static bool shares_values(const Problem& p) {
-    return kBFloat16x2 && heads_per_group(p) * blocks(p) >= kManyBlocks && heads_per_group(p) * p.Sq >= p.Sk;
+    return kBFloat16x2 && heads_per_group(p) * p.Sq > most(kManyQueries, p.Sk - 1);
   }
   // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole units.
   static constexpr int64_t kUnit = kSumStep<E>;
