@@ -42,13 +42,15 @@ class Notes:
 
 def machine(threads: int, names: Iterable[str] = (OURS,)) -> dict[str, Any]:
     """What the figures hold for."""
-    kernel = heedful.explain(*(torch.empty(1, 1, 1, 8),) * 3).kernel
+    kernel, of_bfloat16 = (
+        heedful.explain(*(torch.empty(1, 1, 1, 8, dtype=dtype),) * 3).kernel for dtype in (torch.float32, torch.bfloat16)
+    )
     peers = [entry for entry in map(PEERS.get, names) if not entry.missing and entry.packages[0] != "torch"]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": timing.cpu_name(),
         "threads": threads,
-        "kernel": kernel,
+        "kernel": kernel if kernel == of_bfloat16 else f"{kernel}, of bfloat16 {of_bfloat16}",
         "versions": list(dict.fromkeys(["torch " + torch.__version__, *(entry.version for entry in peers)])),
     }
 
