@@ -43,7 +43,7 @@ class Notes:
 def machine(threads: int, names: Iterable[str] = (OURS,)) -> dict[str, Any]:
     """What the figures hold for."""
     kernel, of_bfloat16 = (
-        heedful.explain(*(torch.empty(1, 1, 1, 8, dtype=dtype),) * 3).kernel for dtype in (torch.float32, torch.bfloat16)
+        heedful.explain(*(torch.empty(1, 1, 1, 8, dtype=dtype),) * 3).kernel for dtype in (torch.float, torch.bfloat16)
     )
     peers = [entry for entry in map(PEERS.get, names) if not entry.missing and entry.packages[0] != "torch"]
     return {
