@@ -36,7 +36,7 @@ struct Forward {
   // Which way values lie where they are made into pairs: along the keys for tile registers, else along Dv.
   static constexpr Unit kValueUnit = kInTiles<E> ? Unit::k : Unit::row;
   static constexpr Int<C> kNoKey = -1;
-  static_assert(kQueries == kMaskTile);  // a block of queries has one row of mask tiles
+  static_assert(kQueries == kMaskTile && kVectors * n <= kMaskTile);  // with masks a block has one row of their tiles
 
   struct Scratch {
     E *q, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
@@ -74,19 +74,26 @@ struct Forward {
   static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
   static bool v_in_place(const Problem& p) { return kBFloat16x2 ? shares_values(p) : in_place(p.v, p.Dv); }
 
-  // Larger blocks where each packs keys or values, but of a bool or block mask, which has words for kQueries. Smaller
-  // ones where there would be too few for several threads; half a panel for windows so narrow that a panel's queries
-  // have no key in common (spans.h). Results do not depend on it: a query's key blocks lie where they lie, and masked
-  // keys add nothing.
+  // Larger blocks where each packs keys or values, but under a bool or block mask, which has words for kQueries, and as
+  // long as threads have enough of them: more of a band's, which are unlike. Smaller ones where there would be too few
+  // for several threads; half a panel for windows so narrow that a panel's queries have no key in common (spans.h).
+  // Results do not depend on it: a query's key blocks lie where they lie, and masked keys add nothing.
   static int64_t block_queries(const Problem& p) {
-    constexpr int64_t kFewTasks = 4, kPanel = kVectors * n;
+    constexpr int64_t kFewTasks = 4, kPanel = kVectors * n, kMostElements = 1 << 16;
     const auto side = [](int64_t keys) { return clamp(keys, -kQueries, 2 * kQueries); };
     if (kVectors > 2 && side(p.left) + side(p.right) + 1 < kPanel) return kPanel / 2;
-    const auto tasks = [&](int64_t queries) { return p.B * p.Hq * ((p.Sq + queries - 1) / queries); };
-    const bool packs = !k_in_place(p) || !v_in_place(p);
-    for (int64_t large = 4 * kQueries; packs && !p.mask.data && !p.tiles.data && large > kQueries; large /= 2)
-      if (p.Sq > large / 2 && tasks(large) >= kFewTasks * p.threads) return large;
-    return tasks(kQueries) < kFewTasks ? least(kQueries, 2 * kPanel) : kQueries;
+    const auto tasks = [&](int64_t sequences, int64_t queries) {
+      return sequences * p.Hq * ((p.Sq + queries - 1) / queries);
+    };
+    if ((!k_in_place(p) || !v_in_place(p)) && !p.mask.data && !p.tiles.data) {
+      const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths;  // one may have nearly all queries
+      const bool banded = p.left != kUnbounded || p.right != kUnbounded;
+      for (int64_t large = 4 * kQueries; large > kQueries; large /= 2)
+        if (p.Sq > large / 2 && large * (p.D + p.Dv) <= kMostElements &&
+            tasks(unlike ? 1 : p.B, large) >= (banded ? 2 : 1) * kFewTasks * p.threads)
+          return large;
+    }
+    return tasks(p.B, kQueries) < kFewTasks ? least(kQueries, 2 * kPanel) : kQueries;
   }
   static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
 
@@ -110,9 +117,10 @@ struct Forward {
   // ---- values as pairs, which many blocks of queries share ----------------------------------------------------------
 
   // Where they are worth a phase, and no more are made than the blocks read, whatever a window leaves of them.
-  static constexpr int64_t kManyQueries = 448;
+  static constexpr int64_t kManyQueries = 7 * kQueries;
   static bool shares_values(const Problem& p) {
-    return kBFloat16x2 && heads_per_group(p) * p.Sq > most(kManyQueries, p.Sk - 1);
+    const int64_t queries = heads_per_group(p) * p.Sq;
+    return kBFloat16x2 && queries > kManyQueries && queries >= p.Sk;
   }
   // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole units.
   static constexpr int64_t kUnit = kSumStep<E>;
@@ -292,7 +300,7 @@ struct Forward {
     if (tile.j0 >= tile.j1) return;
     part.k.data += (tile.j0 - all.j0) * part.k.stride;
     part.v = values_from(part.v, tile.j0 - all.j0);
-    if (l > 0) part.ahead = {};
+    if (l + kN * n < lanes()) part.ahead = {};  // the last panel sees the last keys
     attend_panel<kN>(part, distances_of<InLanes::queries>(s.parts, all, tile), l, careful);
   }
   // Keys that are added up together stay together: no bits depend on the block, and those that are masked are marked.

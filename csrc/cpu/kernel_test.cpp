@@ -50,7 +50,8 @@ void test(const Call& call) {
   const Case& c = call.c;
   Call expected = call.in_float64();
   define(expected.problem(), c.dtype);
-  // One thread joins groups of keys, many split groups of heads, and two may do neither: each set meets all in turn.
+  // One thread takes large blocks of queries and joins groups of keys, many take small ones and split groups of heads,
+  // and two may do neither: each set meets all in turn.
   constexpr int64_t kThreads[] = {1, 2, 64};
   static size_t tests = 0;
   size_t turn = tests++;
@@ -161,7 +162,7 @@ void test_edges(DType dtype) {
 void test_spoiled_values(DType dtype) {
   for (int64_t S : {20, 40, 70})
     for (int64_t start : {0, 1})
-      for (int64_t heads : {1, 8})  // eight share what is made of the values
+      for (int64_t heads : {1, 24})  // which share what is made of the values
         for (int64_t key = 0; key < S; key += S == 20 ? 1 : 5) {
           Call call({.dtype = dtype, .Hq = heads, .Sq = S, .Sk = S + 1, .D = 8, .Dv = 8, .start = start, .right = 0});
           call.v.set_row(0, key, NAN);
@@ -204,10 +205,12 @@ void test_shared_values() {
   for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
     for (bool packed : {false, true})
       for (double dropout : {0.0, 0.2}) {
-        Case c{.dtype = DType::bf16, .B = 3, .Hq = 8, .Hk = 2, .Sq = 130, .Sk = 281, .D = 9, .Dv = 35};
+        Case c{.dtype = DType::bf16, .B = 2, .Hq = 8, .Hk = 2, .Sq = 260, .Sk = 281, .D = 9, .Dv = 35};
         c.layout = layout, c.packed = packed, c.lengths = !packed, c.poison = true;
-        c.left = 150, c.right = 0, c.start = 120, c.dropout = dropout;
+        c.left = 150, c.right = 0, c.start = 20, c.dropout = dropout;
         test(c);
+        c.left = 6;  // blocks of half a panel
+        if (!dropout) test(c);
       }
 }
 

@@ -1,4 +1,5 @@
-// The kernels of isa/amx_bf16.cpp, but for any machine: vectors are made of what it has, tile registers are memory.
+// The kernels of isa/amx_bf16.cpp, but for any x86-64 machine: vectors are made of what it has, tile registers are
+// memory.
 #define HEEDFUL_TARGET cpu::emulated_tiles
 #define HEEDFUL_VECTOR_BYTES 64
 #define HEEDFUL_VECTOR_REGISTERS 32

@@ -152,7 +152,7 @@ HEEDFUL_FN Vec<C> mask_edge(const Band& band, const Tile& t, int64_t lane, int64
   return top;
 }
 
-constexpr int64_t kMostQueries = 128;  // of a tile; with masks kMaskTile
+constexpr int64_t kMostQueries = 128;  // of a tile that a band's edge crosses; with masks kMaskTile
 
 // s[row * stride + lane] = -inf where a pair of the tile is absent. `width` is the tile's lanes rounded up to whole
 // vectors. With keys in lanes they have to lie in one word.

@@ -8,7 +8,7 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Raises each query's to its largest score.
+// Raises each query's top to its largest score; NaNs are passed over.
 template <int kN, class C>
 HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {
   constexpr int n = kLanes<C>;

@@ -184,8 +184,8 @@ HEEDFUL_FN Halves load_halves(const BFloat16* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-// Eight numbers from each of as many places as a vector takes.
-constexpr int kBlock = 16 / sizeof(BFloat16);
+constexpr int kInBlock = 16 / sizeof(BFloat16);
+// So many numbers from each of as many places as a vector takes.
 HEEDFUL_FN Halves load_blocks(const BFloat16* from, int64_t stride) {
 #if defined(__AVX512F__) && HEEDFUL_VECTOR_BYTES == 64
   const auto block = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride)); };
@@ -327,14 +327,14 @@ HEEDFUL_CALLED void load_row_pairs(BFloat16x2* to, int64_t to_stride, Source<BFl
   if (from.row_stride == 1 && from.lane_stride > 1 && to_stride % n == 0) {
     for (int64_t d = 0; d < to_stride; d += n) {
       int64_t r = 0;
-      for (; 2 * (d + n) <= dim && r + kBlock <= rows; r += kBlock) {
-        Halves blocks[kBlock];  // [i] has the numbers i, i + kBlock, ... of the sum's next 2 n
+      for (; 2 * (d + n) <= dim && r + kInBlock <= rows; r += kInBlock) {
+        Halves blocks[kInBlock];  // [i] has the numbers i, i + kInBlock, ... of the sum's next 2 n
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i)
-          blocks[i] = load_blocks(from.data + r + (2 * d + i) * from.lane_stride, kBlock * from.lane_stride);
+        for (int i = 0; i < kInBlock; ++i)
+          blocks[i] = load_blocks(from.data + r + (2 * d + i) * from.lane_stride, kInBlock * from.lane_stride);
         transpose_blocks<uint16_t>(blocks);
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i) store(to + (r + i) * to_stride + d, (Vec<BFloat16x2>)blocks[i]);
+        for (int i = 0; i < kInBlock; ++i) store(to + (r + i) * to_stride + d, (Vec<BFloat16x2>)blocks[i]);
       }
       for (; r < rows; r += n) {
         Vec<BFloat16x2> square[n] = {};

@@ -3,7 +3,7 @@
 //   c[m][n] += sum_k a[m][k].first * b[k][n].first + a[m][k].second * b[k][n].second
 //
 // of pairs of bfloat16, and of float32 in c. HEEDFUL_TILE_REGISTERS asks for products in them (microkernel_tiles.h);
-// with HEEDFUL_EMULATED_TILES they are memory, so that the kernels can be tested on any machine.
+// with HEEDFUL_EMULATED_TILES they are memory, so that the kernels can be tested without them.
 #pragma once
 
 #include "operands.h"
