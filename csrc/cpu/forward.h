@@ -337,11 +337,7 @@ struct Forward {
     const Vec<C> to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
     E* const joined = kBFloat16x2 && !s.parts.keep ? s.weights : nullptr;  // dropout comes before pairs are joined
     online_softmax<kN, E>(s.scores, joined, spans, to_log2, top, s.maximum + l, s.sum + l, rescale, careful);
-    if (s.parts.keep) {
-      load_keep<InLanes::queries>(s.parts.keep, int64_t{width}, p, tile);
-      drop(s.scores, int64_t{width}, s.parts.keep, int64_t{width}, keys);
-      if constexpr (kBFloat16x2) join_rows(s.weights, width, s.scores, width, keys, width);
-    }
+    if (s.parts.keep) drop_weights<kN>(tile);
     if constexpr (kInTiles<E>) clear_unseen(spans, keys);
     C* out = s.out + l * p.Dv;
     if (careful) return add_values_carefully<kN>(spans, v, out, rescale);
@@ -353,21 +349,40 @@ struct Forward {
                                                       rescale, keys, next.k, next.v);
   }
 
-  // A panel's products become scores, as many keys at a time as stay in the first cache until the largest are found.
+  // f(part of the tile, its first key's place in the tile, the place after its last one), as many keys at a time as
+  // stay in the first cache whatever is done to them.
+  template <class F>
+  HEEDFUL_FN static void for_each_part(const Tile& tile, F f) {
+    Tile part = tile;
+    for (; part.j0 < tile.j1; part.j0 = part.j1) {
+      part.j1 = least((part.j0 / kWord + 1) * kWord, tile.j1);
+      f(part, part.j0 - tile.j0, part.j1 - tile.j0);
+    }
+  }
+
+  // A panel's products become scores, of which the largest are found.
   template <int kN>
   HEEDFUL_FN void finish_scores(const Tile& tile, const Spans<kN>& spans, const C* distances, C* top) const {
-    constexpr int width = kN * n;
-    const int64_t keys = tile.j1 - tile.j0;
+    constexpr int64_t width = kN * n;
     for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
-    for (int64_t from = 0, to; from < keys; from = to) {
-      to = least(from + kWord, keys);
-      Tile part = tile;
-      part.j0 = tile.j0 + from, part.j1 = tile.j0 + to;
+    for_each_part(tile, [&](const Tile& part, int64_t from, int64_t to) {
       C* const scores = s.scores + from * width;
-      apply_scores<InLanes::queries, E>(p, band, part, scores, int64_t{width}, int64_t{width}, s.parts,
-                                        distances ? distances + (keys - to) : nullptr);
+      apply_scores<InLanes::queries, E>(p, band, part, scores, width, width, s.parts,
+                                        distances ? distances + (tile.j1 - tile.j0 - to) : nullptr);
       find_tops<kN, C>(scores, spans.between(from, to), top);
-    }
+    });
+  }
+
+  // Dropout of a panel's weights; those of pairs are joined then.
+  template <int kN>
+  HEEDFUL_FN void drop_weights(const Tile& tile) const {
+    constexpr int64_t width = kN * n;
+    for_each_part(tile, [&](const Tile& part, int64_t from, int64_t to) {
+      C* const weights = s.scores + from * width;
+      load_keep<InLanes::queries>(s.parts.keep, width, p, part);
+      drop(weights, width, s.parts.keep, width, to - from);
+      if constexpr (kBFloat16x2) join_rows(s.weights + terms<E>(from) * width, width, weights, width, to - from, width);
+    });
   }
 
   // Weights of keys that a vector of queries does not see and others do: tile registers take them all.
