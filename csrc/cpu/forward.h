@@ -86,7 +86,7 @@ struct Forward {
       return sequences * p.Hq * ((p.Sq + queries - 1) / queries);
     };
     if ((!k_in_place(p) || !v_in_place(p)) && !p.mask.data && !p.tiles.data) {
-      const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths;  // one may have nearly all queries
+      const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths;  // one may be nearly all the work
       const bool banded = p.left != kUnbounded || p.right != kUnbounded;
       for (int64_t large = 4 * kQueries; large > kQueries; large /= 2)
         if (p.Sq > large / 2 && large * (p.D + p.Dv) <= kMostElements &&
