@@ -47,15 +47,11 @@ struct BackwardTasks {
   static int64_t task_heads(const Problem& p) { return sums_heads(p) ? least<int64_t>(p.Hk, 1) : head_groups(p); }
   static int64_t head_tasks(const Problem& p) { return task_batches(p) * task_heads(p); }
 
-  // Whether sequences have lengths of their own.
-  static bool unlike(const Problem& p) { return p.q_offsets || p.q_lengths || p.k_lengths; }
-
-  // Whether tasks of `heads` of each sequence keep all threads busy but for an eighth of the time. Of unlike sequences
-  // one may be nearly all the work.
+  // Whether tasks of `heads` of each sequence keep all threads busy but for an eighth of the time.
   static bool keeps_busy(const Problem& p, int64_t heads) {
     constexpr int64_t kEach = 4;
-    const int64_t tasks =
-        unlike(p) || p.tiles.data ? least(task_batches(p), int64_t{1}) * heads : task_batches(p) * heads;
+    const int64_t sequences = task_batches(p),
+                  tasks = (has_unlike_sequences(p) || p.tiles.data ? least(sequences, int64_t{1}) : sequences) * heads;
     if (p.threads == 1) return tasks > 0;
     return tasks >= kEach * p.threads && 9 * tasks / p.threads >= 8 * ((tasks - 1) / p.threads + 1);
   }
@@ -71,7 +67,7 @@ struct BackwardTasks {
     return groups(p, band.keys, few_queries(band.queries, band.keys));
   }
   static int64_t task_groups(const Problem& p) {  // of any sequence
-    return groups(p, p.Sk, unlike(p) || few_queries(p.Sq, p.Sk));
+    return groups(p, p.Sk, has_unlike_sequences(p) || few_queries(p.Sq, p.Sk));
   }
 
   // ---- rows ---------------------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ struct Decode {
       constexpr int kN = vectors.value, width = kN * n;
       const auto all = Spans<kN>::all(keys);
       alignas(64) C top[width], rescale[width];
-      for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+      clear_tops<kN>(top);
       C* scores = s.scores + r * kKeys;
       E* joined = kBFloat16x2 ? s.weights + r * kWeights : nullptr;
       multiply_meanwhile<Onto::nothing_topped, E, Unit::k>({k.data, k.stride}, 0, keys, s.q_lanes + r * terms<E>(p.D),
@@ -355,7 +355,7 @@ struct Decode {
                                                            r ? RowsAhead{} : block_ahead(p.v, p.Dv, j0));
       if (!band.covers(0, band.queries, j0, j1)) {
         mask_lanes(j0, j1, r, count, scores, width);
-        for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+        clear_tops<kN>(top);
         find_tops<kN, C>(scores, all, top);
       }
       online_softmax<kN, E>(scores, joined, all, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);

@@ -86,16 +86,19 @@ struct Forward {
       return sequences * p.Hq * ((p.Sq + queries - 1) / queries);
     };
     if ((!k_in_place(p) || !v_in_place(p)) && !p.mask.data && !p.tiles.data) {
-      const bool unlike = p.q_offsets || p.q_lengths || p.k_lengths;  // one may be nearly all the work
+      const int64_t sequences = has_unlike_sequences(p) ? 1 : p.B;
       const bool banded = p.left != kUnbounded || p.right != kUnbounded;
       for (int64_t large = 4 * kQueries; large > kQueries; large /= 2)
         if (p.Sq > large / 2 && large * (p.D + p.Dv) <= kMostElements &&
-            tasks(unlike ? 1 : p.B, large) >= (banded ? 2 : 1) * kFewTasks * p.threads)
+            tasks(sequences, large) >= (banded ? 2 : 1) * kFewTasks * p.threads)
           return large;
     }
     return tasks(p.B, kQueries) < kFewTasks ? least(kQueries, 2 * kPanel) : kQueries;
   }
-  static int64_t blocks(const Problem& p) { return (p.Sq + block_queries(p) - 1) / block_queries(p); }
+  static int64_t blocks(const Problem& p) {
+    const int64_t queries = block_queries(p);
+    return (p.Sq + queries - 1) / queries;
+  }
 
   static void plan(const Problem& p, Plan* plan) {
     Scratch s;
@@ -181,11 +184,11 @@ struct Forward {
 
   // The last block of a head comes first: under a causal mask it has the most keys.
   static Forward of_task(const Problem& p, int64_t task, void* scratch) {
-    const int64_t per_head = blocks(p), head = task / per_head, block = per_head - 1 - task % per_head;
+    const int64_t queries = block_queries(p), per_head = blocks(p), head = task / per_head;
     Scratch s;
     carve(p, static_cast<char*>(scratch), &s);
     const Band band(p, head / p.Hq);
-    const int64_t i0 = block * block_queries(p), i1 = least(band.q_rows, i0 + block_queries(p));
+    const int64_t i0 = (per_head - 1 - task % per_head) * queries, i1 = least(band.q_rows, i0 + queries);
     return {p, band, s, head / p.Hq, head % p.Hq, i0, i1};
   }
 
@@ -320,7 +323,7 @@ struct Forward {
         [&](int64_t x) { return band.end_key(tile.i0 + x) - tile.j0; });
     const bool by_parts = !spans.whole() && !tile.words && keeps_products<E>(p);
     alignas(64) C top[width], rescale[width];
-    for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+    clear_tops<kN>(top);
     Ahead ahead(p.bias.data ? ahead_of(p.bias, size_of(p.bias_dtype), tile) : next.q, next.out, pauses<E>(spans, dim));
     spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
       const Vec<C> before = load(top + most(edge, 0) * n);
@@ -364,7 +367,7 @@ struct Forward {
   template <int kN>
   HEEDFUL_FN void finish_scores(const Tile& tile, const Spans<kN>& spans, const C* distances, C* top) const {
     constexpr int64_t width = kN * n;
-    for (int v = 0; v < kN; ++v) store(top + v * n, broadcast<C>(-kInfinity<C>));
+    clear_tops<kN>(top);
     for_each_part(tile, [&](const Tile& part, int64_t from, int64_t to) {
       C* const scores = s.scores + from * width;
       apply_scores<InLanes::queries, E>(p, band, part, scores, width, width, s.parts,

@@ -8,6 +8,10 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
+template <int kN, class C>
+HEEDFUL_FN void clear_tops(C* tops) {
+  for (int v = 0; v < kN; ++v) store(tops + v * kLanes<C>, broadcast<C>(-kInfinity<C>));
+}
 // Raises each query's top to its largest score; NaNs are passed over.
 template <int kN, class C>
 HEEDFUL_FN void find_tops(const C* scores, const Spans<kN>& keys, C* tops) {

@@ -54,6 +54,9 @@ struct Band {
 // Query heads that share a key/value head.
 HEEDFUL_FN int64_t heads_per_group(const Problem& p) { return p.Hk ? p.Hq / p.Hk : 0; }
 
+// Whether sequences have lengths of their own: one may then be nearly all the work.
+HEEDFUL_FN bool has_unlike_sequences(const Problem& p) { return p.q_offsets || p.q_lengths || p.k_lengths; }
+
 // The first element of a row of q, k, v and the like.
 template <class T>
 HEEDFUL_FN T* row_of(const View& view, int64_t batch, int64_t head, int64_t row) {
