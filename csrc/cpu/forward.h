@@ -404,14 +404,12 @@ struct Forward {
     constexpr int stride = kN * n;
     for (int64_t d = 0; d < p.Dv; ++d)
       for (int x = 0; x < kN; ++x) {
-        SumInOrder<E> sum;  // as `multiply` has it: the bits do not depend on the way
+        const E* const weights = s.weights + x * n;
         const Operand<E, kValueUnit> values{v.data, v.stride};
-        for (int64_t j = keys.first[x] / kDepth<E>; j < terms<E>(keys.end[x]); ++j) {
-          const Vec<E> weight = load(s.weights + (j * kN + x) * n);
-          sum.add(j, where_unmarked<E>(broadcast_element(values.at(d, j)), weight), weight);
-        }
+        const Vec<C> sum = sum_unmarked(values, d, keys.first[x] / kDepth<E>, terms<E>(keys.end[x]), weights, weights,
+                                        int64_t{stride});
         C* to = out + d * stride + x * n;
-        store(to, sum.total() + load(to) * load(rescale + x * n));
+        store(to, sum + load(to) * load(rescale + x * n));
       }
   }
 

@@ -169,6 +169,17 @@ HEEDFUL_FN void add_row_carefully(Sum<E>* c, int64_t lanes, Operand<E, unit> a, 
   }
 }
 
+// A vector of lanes of row m of the product over `count` numbers, less what B's marks leave out: an element of A counts
+// as zero where B's, or the `marks` in its place, is below 0. Added up as `multiply` does.
+template <class E, Unit unit>
+HEEDFUL_FN Vec<Sum<E>> sum_unmarked(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, const E* marks,
+                                    int64_t b_stride) {
+  SumInOrder<E> sum;
+  for (int64_t k = k0; k < k1; ++k)
+    sum.add(k, where_unmarked<E>(broadcast_element(a.at(m, k)), load(marks + k * b_stride)), load(b + k * b_stride));
+  return sum.total();
+}
+
 // Pauses of a product of so many rows and lanes, at least.
 template <class E>
 HEEDFUL_FN int64_t pauses(int64_t rows, int64_t lanes, int64_t numbers) {

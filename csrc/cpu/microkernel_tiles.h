@@ -78,10 +78,12 @@ template <Onto onto, class E, class Range>
 HEEDFUL_FN void multiply_in_tiles(Operand<E, Unit::k> a, int64_t m0, int64_t m1, const E* b, int64_t b_stride, float* c,
                                   int64_t c_stride, int64_t lanes, float* per_lane, const Range& range) {
   constexpr int n = kTileRows;
+  constexpr bool kLimitsOfLanes = requires { requires Range::kOfLanes; };
   for (int64_t m = m0, end; m < m1; m = end) {
     end = least<int64_t>(m + kTilesOfRows * n, m1);
-    const int64_t k0 = sum_step_down<E>(range.first(m, end)) / kDepth<E>, k1 = terms<E>(range.end(m, end));
     for (int64_t l = 0; l < lanes; l += kTilesOfLanes * n) {
+      const int64_t x0 = kLimitsOfLanes ? l : m, x1 = kLimitsOfLanes ? l + kTilesOfLanes * n : end;
+      const int64_t k0 = sum_step_down<E>(range.first(x0, x1)) / kDepth<E>, k1 = terms<E>(range.end(x0, x1));
       const auto multiply = [&](auto tiles_of_rows, auto tiles_of_lanes) __attribute__((always_inline)) {
         multiply_registers<tiles_of_rows.value, tiles_of_lanes.value, onto>(
             a.data + m * a.stride, a.stride, end - m, k0, k1, b + l, b_stride, c + m * c_stride + l, c_stride,

@@ -116,6 +116,15 @@ enum class Onto { nothing, nothing_topped, c, scaled_c };
 
 // ---- from rows of float32, rounded to nearest -----------------------------------------------------------------------
 
+HEEDFUL_FN void store_rounded(BFloat16* to, Vec<float> x) {
+#if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
+  const auto rounded = _mm512_cvtneps_pbh((__m512)x);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+#else
+  store_as(to, x);
+#endif
+}
+
 HEEDFUL_FN Vec<BFloat16x2> join(Vec<float> first, Vec<float> second) {
 #if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
   typedef VectorOf<uint16_t>::type Halves;
@@ -137,42 +146,12 @@ HEEDFUL_CALLED void join_rows(BFloat16x2* to, int64_t to_stride, const float* fr
     }
 }
 
-// to[l][r] = (from[2 r][l], from[2 r + 1][l]): likewise, turned; zeros up to the stride, a multiple of the vector.
-HEEDFUL_CALLED void join_rows_turned(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride,
-                                     int64_t rows, int64_t width) {
-  constexpr int n = kLanes<float>;
-  for (int64_t r = 0; r < to_stride; r += n)
-    for (int64_t l = 0; l < width; l += n) {
-      Vec<BFloat16x2> square[n];
-      const float* row = from + 2 * r * from_stride + l;
-      if (2 * (r + n) <= rows) {
-#pragma GCC unroll 16
-        for (int i = 0; i < n; ++i, row += 2 * from_stride) square[i] = join(load(row), load(row + from_stride));
-      } else {
-        for (int64_t i = 0, left = rows - 2 * r; i < n; ++i, left -= 2, row += 2 * from_stride)
-          square[i] = join(left > 0 ? load(row) : Vec<float>{}, left > 1 ? load(row + from_stride) : Vec<float>{});
-      }
-      transpose<BFloat16x2>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) store(to + (l + i) * to_stride + r, square[i]);
-    }
-}
-
-// to[r][l] = (from[r][2 l], from[r][2 l + 1]), zero where there is no lane of `lanes`. Whole vectors are read.
+// to[r][l] = (from[r][2 l], from[r][2 l + 1]), of `lanes` lanes, a multiple of the vector.
 HEEDFUL_CALLED void join_lanes(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                                int64_t lanes) {
   for (int64_t r = 0; r < rows; ++r) {
     BFloat16* row = reinterpret_cast<BFloat16*>(to + r * to_stride);
-    for (int64_t l = 0; l < lanes; l += kLanes<float>) {
-      const Vec<float> x = load(from + r * from_stride + l);
-#if defined(__AVX512BF16__) && HEEDFUL_VECTOR_BYTES == 64
-      const auto rounded = _mm512_cvtneps_pbh((__m512)x);
-      __builtin_memcpy(row + l, &rounded, sizeof rounded);
-#else
-      store_as(row + l, x);
-#endif
-    }
-    if (lanes % 2) row[lanes].bits = 0;
+    for (int64_t l = 0; l < lanes; l += kLanes<float>) store_rounded(row + l, load(from + r * from_stride + l));
   }
 }
 

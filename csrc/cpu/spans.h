@@ -90,15 +90,18 @@ struct Spans {
   }
 };
 
-// Limits of a sum over queries, for rows of keys: the queries that see any of these, counted from the tile's first.
+// Limits of a sum over queries, for rows of keys, or lanes: the queries that see any of these, counted from the tile's
+// first.
+template <bool kInLanes>
 struct QueriesThatSee {
+  static constexpr bool kOfLanes = kInLanes;
   const Band& band;
   const Tile& tile;
   HEEDFUL_FN int64_t first(int64_t key, int64_t) const {
     return most(band.first_query(tile.j0 + key), tile.i0) - tile.i0;
   }
   HEEDFUL_FN int64_t end(int64_t, int64_t key_end) const {
-    return least(band.end_query(tile.j0 + key_end - 1), tile.i1) - tile.i0;
+    return least(band.end_query(least(tile.j0 + key_end, tile.j1) - 1), tile.i1) - tile.i0;
   }
 };
 // Limits of a sum over keys, for rows of queries.

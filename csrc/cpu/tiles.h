@@ -178,18 +178,19 @@ HEEDFUL_CALLED void store_rows(S* to, int64_t to_stride, const C* from, int64_t 
   }
 }
 
-// to[l * to_stride + r] = from[r * from_stride + l] for l < lanes: rows of `from` become contiguous in memory.
+// to[l * to_stride + r] = scale * from[r * from_stride + l] for l < lanes: its rows become contiguous in memory.
 template <class C, class S>
 HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows,
-                                     int64_t lanes) {
+                                     int64_t lanes, C scale = 1) {
   constexpr int n = kLanes<C>;
+  const Vec<C> scales = broadcast<C>(scale);
   const int64_t whole_rows = rows / n * n;
   for (int64_t l = 0; l < lanes; l += n) {
     const int64_t present = least<int64_t>(lanes - l, n);
     for (int64_t r = 0; r < whole_rows; r += n) {
       Vec<C> square[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) square[i] = load(from + (r + i) * from_stride + l);
+      for (int i = 0; i < n; ++i) square[i] = scales * load(from + (r + i) * from_stride + l);
       transpose<C>(square);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i)
@@ -197,7 +198,7 @@ HEEDFUL_CALLED void store_transposed(S* to, int64_t to_stride, const C* from, in
     }
     if (whole_rows == rows) continue;
     Vec<C> square[n] = {};
-    for (int64_t r = whole_rows; r < rows; ++r) square[r - whole_rows] = load(from + r * from_stride + l);
+    for (int64_t r = whole_rows; r < rows; ++r) square[r - whole_rows] = scales * load(from + r * from_stride + l);
     transpose<C>(square);
     for (int64_t i = 0; i < present; ++i)
       store_first(to + (l + i) * to_stride + whole_rows, square[i], rows - whole_rows);

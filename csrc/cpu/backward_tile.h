@@ -1,0 +1,329 @@
+// One tile of backward, a block of keys and some queries of a head: its five products, and P and dS between them, a
+// panel of keys at a time (backward.h).
+#pragma once
+
+#include "ahead.h"
+#include "bias_gradients.h"
+#include "embedding.h"
+#include "key_gradients.h"
+#include "microkernel.h"
+#include "paired_queries.h"
+#include "row_state.h"
+#include "scores.h"
+#include "spans.h"
+#include "tile_weights.h"
+
+namespace heedful::HEEDFUL_TARGET {
+
+// dQ of a head while it is added up.
+template <class C>
+struct QueryGradients {
+  C* data;
+  int64_t stride, width;
+
+  void clear(int64_t i0, int64_t i1) const {
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t d = 0; d < width; d += kLanes<C>) store(data + i * stride + d, Vec<C>{});
+  }
+};
+
+template <class S, class E>
+struct BackwardTile {
+  using C = Compute<S>;
+  static constexpr int n = kLanes<C>;
+  static constexpr bool kBFloat16x2 = kDepth<E> == 2;
+  static constexpr int64_t kQueries = kInTiles<E> ? 128 : 64;
+  static_assert(kQueries <= kMostQueries);
+  // Whether dK and dV are added up turned: keys are in the lanes of P and dS, which tile registers turn for no product.
+  static constexpr bool kTurned = kInTiles<E>;
+  // Whether dQ comes out unscaled and embedded, to be taken back later: scales differ between the heads that share a
+  // key, and their gradient needs dQ as it was before them.
+  static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
+  // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
+  static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
+  static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
+
+  // Of q and dout: whether rows to multiply are read where they lie.
+  static bool in_place(const View& view, int64_t dim) {
+    if constexpr (kBFloat16x2) return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
+    return sizeof(S) == sizeof(E) && lie_in_vectors<C>(view, dim);
+  }
+  static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && (kBFloat16x2 || !scales_first(p)); }
+  // Queries of a panel whose numbers are made at a time: all where diagonals are added up, of which each part has its
+  // own; more for large heads, whose keys come anew for each part.
+  static int64_t part_queries(const Problem& p) {
+    if (!kBFloat16x2 || wants_distances(p)) return kQueries;
+    return p.D + p.Dv > 160 ? 64 : 32;
+  }
+
+  // q and dout as pairs, of some heads.
+  struct NoPairs {
+    NoPairs() = default;
+    NoPairs(Carver&, const Problem&, int64_t, bool) {}
+  };
+  using Pairs = std::conditional_t<kBFloat16x2, PairsOfQueries<kQueries>, NoPairs>;
+
+  struct Scratch {
+    int64_t lanes;   // kKeys, or the keys there are
+    E *kt, *vt, *k;  // K^T and V^T, [D][lanes] in panels; K, numbers scaled unless deferred, [lanes][D]
+    E *q, *dout;     // [kQueries][D]; null where they are read where they lie
+    TileWeights<E> weights;
+    KeyGradients<C> turned;  // [D][lanes], of a head
+    ScoreParts<C> parts;     // [kQueries][panel]
+
+    Scratch() = default;
+    Scratch(Carver& carve, const Problem& p, int64_t lanes) : lanes(lanes) {
+      const int64_t panel = kVectors * n, queries = least(kQueries, p.Sq), dim = embedded_dim(p);
+      kt = carve.take<E>(terms<E>(dim) * lanes);
+      vt = carve.take<E>(terms<E>(p.Dv) * lanes);
+      k = carve.take<E>(terms<E>(lanes) * padded<C>(dim));
+      q = q_in_place(p) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(dim)));
+      dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
+      weights = TileWeights<E>(carve, queries, lanes, least(part_queries(p), queries), panel);
+      turned = KeyGradients<C>::take(carve, p, kTurned ? lanes : 0);
+      parts = ScoreParts<C>(p, carve, queries, panel, lanes, true);
+    }
+  };
+
+  // A query head, and where its sums go.
+  struct Head {
+    int64_t in_pairs;         // its place among heads there
+    const RowState<C>* rows;  // of its queries
+    QueryGradients<C> dq;
+    double* distances;  // null where unwanted
+  };
+  // Whether absent pairs are left out one by one; whether the keys have sums of the head's tiles to add to, and the
+  // queries of other keys.
+  struct Way {
+    bool careful, adds_to_keys, adds_to_queries;
+  };
+
+  const Problem& p;
+  const Band& band;
+  const Scratch& s;
+  const Pairs& pairs;
+  const int64_t hk;
+
+  // Keys from j0 on, for all tiles.
+  void pack_keys(int64_t j0, int64_t keys) const {
+    const S *k = row_of<const S>(p.k, band.batch, hk, band.k_row + j0),
+            *v = row_of<const S>(p.v, band.batch, hk, band.k_row + j0);
+    const int64_t dim = embedded_dim(p);
+    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) {
+      const int64_t width = vectors.value * n, present = least(keys - l, width);
+      E *kt = s.kt + l * terms<E>(dim), *vt = s.vt + l * terms<E>(p.Dv);
+      load_operand(kt, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width);
+      embed_lanes(p, Role::key, kt, width, C(1));
+      load_operand(vt, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present, width);
+    });
+    load_operand(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
+                 scales_k(p) ? C(p.scale) : C(1));
+    embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
+  }
+
+  // A tile's queries and what arrives at them: to be added up, and as rows to multiply.
+  struct Queries {
+    Rows<E> q, dout, q_rows, dout_rows;
+  };
+  Queries load_queries(const Head& head, const Tile& t) const {
+    const int64_t queries = t.i1 - t.i0, d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    const auto source = [&](const View& view) -> Source<S> {
+      return {row_of<const S>(view, band.batch, t.h, band.q_row + t.i0), view.stride[2], view.stride[3]};
+    };
+    const Source<S> q = source(p.q), dout = source(p.dout);
+    if constexpr (kBFloat16x2) {
+      const auto rows = [&](E* to, Source<S> from, int64_t dim) -> Rows<E> {
+        if (!to) return in_memory<E>(from);
+        load_row_pairs(to, terms<E>(padded<C>(dim)), from, queries, dim);
+        return {to, terms<E>(padded<C>(dim))};
+      };
+      return {pairs.q.at(band, t.b, head.in_pairs, t.i0), pairs.dout.at(band, t.b, head.in_pairs, t.i0),
+              rows(s.q, q, p.D), rows(s.dout, dout, p.Dv)};
+    } else {
+      const C scale = query_scale<E>(p, t.b, t.h);  // scores want it, and dK
+      const Rows<C> q_rows = load_rows<C>(s.q, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1)),
+                    dout_rows = load_rows<C>(s.dout, dout, queries, p.Dv, dv);
+      if (s.q) embed_rows(p, Role::query, s.q, d, queries, scale);
+      return {q_rows, dout_rows, q_rows, dout_rows};
+    }
+  }
+
+  // `sum` has the keys' gradients, unless they are turned.
+  void run(const Head& head, const Tile& t, const KeyGradients<C>& sum, const Way& way) const {
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
+    const Queries rows = load_queries(head, t);
+    if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, s.lanes, p, band, t);
+    for_each_panel<C>(padded<C>(keys),
+                      [&](int64_t l, auto vectors) { score_panel<vectors.value>(head, t, rows, l, way.careful); });
+    if (kBFloat16x2 && keys % 2) s.weights.clear_key(keys, queries);
+    if constexpr (kTurned)
+      way.adds_to_keys ? add_turned<Onto::c>(t, rows, way) : add_turned<Onto::nothing>(t, rows, way);
+    else
+      way.careful ? add_to_keys_carefully(t, rows, sum) : add_to_keys(t, rows, sum);
+    way.adds_to_queries ? add_to_queries<Onto::c>(head, t, way) : add_to_queries<Onto::nothing>(head, t, way);
+  }
+
+ private:
+  // ---- products over queries and keys -------------------------------------------------------------------------------
+
+  // Careful products leave absent pairs out one by one; they are added up in the same order, so that the bits do not
+  // depend on the way.
+  template <Onto onto>
+  void add_to_queries(const Head& head, const Tile& t, const Way& way) const {
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, d = padded<C>(embedded_dim(p)), stride = head.dq.stride;
+    C* const dq = head.dq.data + t.i0 * stride;
+    const Operand<E, Unit::k> grads{s.weights.grad_rows, s.weights.grad_stride};
+    if (!way.careful) return multiply<onto>(grads, 0, queries, s.k, d, dq, stride, d, dq, KeysSeen{band, t});
+    if (onto == Onto::nothing) head.dq.clear(t.i0, t.i1);
+    for (int64_t i = 0; i < queries; ++i)
+      add_row_carefully(dq + i * stride, d, grads, i, keys, {s.k, d},
+                        [&](int64_t j) { return j < keys && !s.weights.is_absent(i, j); });
+  }
+
+  Operand<E, Unit::row> along_queries(const E* weights) const { return {weights, s.lanes}; }
+
+  void add_to_keys(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
+    const QueriesThatSee<false> seers{band, t};
+    const int64_t keys = t.j1 - t.j0, dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    multiply<Onto::c>(along_queries(s.weights.weights), 0, keys, rows.dout.data, rows.dout.stride, sum.dv, dv, dv,
+                      sum.dv, seers);
+    multiply<Onto::c>(along_queries(s.weights.grads), 0, keys, rows.q.data, rows.q.stride, sum.dk, dk, dk, sum.dk,
+                      seers);
+  }
+  void add_to_keys_carefully(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
+    const int64_t queries = t.i1 - t.i0, dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
+      const auto seen = [&](int64_t i) { return i < queries && !s.weights.is_absent(i, j); };
+      add_row_carefully(sum.dv + j * dv, dv, along_queries(s.weights.weights), j, queries, rows.dout, seen);
+      add_row_carefully(sum.dk + j * dk, dk, along_queries(s.weights.grads), j, queries, rows.q, seen);
+    }
+  }
+
+  template <Onto onto>
+  void add_turned(const Tile& t, const Queries& rows, const Way& way) const {
+    const int64_t queries = t.i1 - t.i0, lanes = padded<C>(t.j1 - t.j0);
+    const auto add = [&](C* to, Rows<E> left, int64_t dim, const E* weights) {
+      const Operand<E, Unit::k> a{left.data, left.stride};
+      if (!way.careful)
+        return multiply<onto>(a, 0, dim, weights, s.lanes, to, s.lanes, lanes, to, QueriesThatSee<true>{band, t});
+      for (int64_t d = 0; d < dim; ++d)
+        for (int64_t l = 0; l < lanes; l += n) {
+          C* const sum = to + d * s.lanes + l;
+          const Vec<C> more = sum_unmarked(a, d, 0, terms<E>(queries), weights + l, s.weights.weights + l, s.lanes);
+          store(sum, onto == Onto::c ? load(sum) + more : more);
+        }
+    };
+    add(s.turned.dv, rows.dout, p.Dv, s.weights.weights);
+    add(s.turned.dk, rows.q, p.D, s.weights.grads);
+  }
+  // ---- scores and gradients -----------------------------------------------------------------------------------------
+
+  // P and dS of one panel of keys; zero where no pair is left.
+  template <int kN>
+  HEEDFUL_FN void score_panel(const Head& head, const Tile& t, const Queries& rows, int64_t l, bool careful) const {
+    constexpr int width = kN * n;
+    const int64_t queries = t.i1 - t.i0;
+    Tile panel = t;
+    panel.j0 = t.j0 + l, panel.j1 = least<int64_t>(t.j1, panel.j0 + width);
+    const int64_t first = clamp(band.first_query(panel.j0) - t.i0, 0, queries),
+                  end = clamp(band.end_query(panel.j1 - 1) - t.i0, first, queries);
+    // Pairs of queries stay together.
+    const int64_t r0 = first < end ? first / kDepth<E> * kDepth<E> : 0,
+                  r1 = first < end ? least(terms<E>(end) * kDepth<E>, queries) : 0;
+    const Vec<C> absent = broadcast<C>(careful ? C(-1) : C(0));
+    s.weights.clear(0, r0, l, width, absent), skip_bias<C>(p, {t.b, t.h, t.i0, t.i0 + r0, panel.j0, panel.j1});
+    s.weights.clear(r1, queries, l, width, absent), skip_bias<C>(p, {t.b, t.h, t.i0 + r1, t.i1, panel.j0, panel.j1});
+    const int64_t step = part_queries(p);
+    for (int64_t r = r0, next; r < r1; r = next) {
+      next = least((r / step + 1) * step, r1);
+      panel.i0 = t.i0 + r, panel.i1 = t.i0 + next;
+      score_part<kN>(head, t, panel, rows, absent, careful);
+    }
+  }
+
+  // Of some of its queries.
+  template <int kN>
+  HEEDFUL_CALLED void score_part(const Head& head, const Tile& t, const Tile& part, const Queries& rows, Vec<C> absent,
+                                 bool careful) const {
+    constexpr int width = kN * n;
+    const int64_t r0 = part.i0 - t.i0, count = part.i1 - part.i0, l = part.j0 - t.j0, dim = embedded_dim(p);
+    const typename TileWeights<E>::Numbers numbers = s.weights.numbers(r0, l, width);
+    C *const prob = numbers.p, *const grad = numbers.ds;
+    const int64_t stride = numbers.stride;
+    const auto spans = Spans<kN>::template of<1, n>(
+        part.j1 - part.j0, count, [&](int64_t x) { return band.first_query(part.j0 + x) - part.i0; },
+        [&](int64_t x) { return band.end_query(part.j0 + x) - part.i0; });
+    const bool whole = spans.whole() && spans.count() == count;
+    const bool by_parts = !whole && !part.words && keeps_products<E>(p);
+    Ahead bias(ahead_of(p.bias, size_of(p.bias_dtype), part), {}, pauses<E>(spans, dim));
+    Ahead dbias(ahead_of(p.dbias, sizeof(C), part), {}, pauses<E>(spans, p.Dv));
+    const Operand<E, Unit::k> q{rows.q_rows.data + r0 * rows.q_rows.stride, rows.q_rows.stride},
+        dout{rows.dout_rows.data + r0 * rows.dout_rows.stride, rows.dout_rows.stride};
+    spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
+      multiply_meanwhile<Onto::nothing>(q, from, to, s.kt + l * terms<E>(dim) + lo * n, width, prob + lo * n, stride,
+                                        (hi - lo) * n, prob, dim, bias);
+      multiply_meanwhile<Onto::nothing>(dout, from, to, s.vt + l * terms<E>(p.Dv) + lo * n, width, grad + lo * n,
+                                        stride, (hi - lo) * n, prob, p.Dv, dbias);
+      if (edge >= 0 && by_parts)
+        mask_edge<InLanes::keys>(band, part, edge * n, from, to, prob + edge * n, stride, Vec<C>{});
+    });
+    bias.expect_end(), dbias.expect_end();
+    const auto leave_out = [&](int v, int64_t from, int64_t to) {
+      for (int64_t r = from; r < to; ++r) store(prob + r * stride + v * n, broadcast<C>(-kInfinity<C>));
+    };
+    for (int v = 0; v < kN && by_parts; ++v) leave_out(v, 0, spans.first[v]), leave_out(v, spans.end[v], count);
+    const bool plain = is_plain<E>(p, band, part);
+    if (!plain && !by_parts)
+      apply_scores<InLanes::keys, E>(p, band, part, prob, stride, int64_t{width}, s.parts,
+                                     distances_of<InLanes::keys>(s.parts, t, part));
+    if (s.parts.keep) {
+      load_keep<InLanes::keys>(s.parts.keep, int64_t{width}, p, part);
+      scale_pairs<C>(grad, stride, s.parts.keep, width, count);
+    }
+    const bool joins = kBFloat16x2 && !s.parts.keep && !s.parts.slopes && !p.dbias.data && !head.distances;
+    const RowState<C>* state = head.rows + part.i0;
+    if (plain && !careful)
+      gradients<kN, false>(prob, grad, stride, r0, count, l, state, absent, joins);
+    else
+      gradients<kN, true>(prob, grad, stride, r0, count, l, state, absent, joins);
+    if (joins) return;
+    if (p.dbias.data) add_to_bias<C>(p, part, grad, stride);
+    if (head.distances) add_to_distances<C>(p, band, part, grad, stride, head.distances);
+    if (s.parts.slopes) scale_pairs<C>(grad, stride, s.parts.slopes, width, count);
+    if (s.parts.keep) drop(prob, stride, s.parts.keep, int64_t{width}, count);
+    if constexpr (kBFloat16x2) s.weights.join_numbers(r0, count, l, width);
+  }
+
+  // A part's probabilities and dS, from scores and dP; r0 and l are where it lies in the tile.
+  template <int kN, bool masked>
+  HEEDFUL_FN void gradients(C* prob, C* grad, int64_t stride, int64_t r0, int64_t count, int64_t l,
+                            const RowState<C>* state, Vec<C> absent, bool joins) const {
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>), to_log2 = broadcast<C>(C(score_unit(p) * kLog2e));
+    for_each_step<kInStep / kN>(0, count, [&](int64_t r, auto rows) {
+      constexpr int kCount = rows.value * kN;
+      const auto at = [&](int i) { return (r + i / kN) * stride + i % kN * n; };
+      Vec<C> score[kCount], probability[kCount], ds[kCount];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        score[i] = load(prob + at(i));
+        // No score is above lse, but for rounding, which for huge scores is huge.
+        probability[i] = minimum(Vec<C>{}, score[i] - state[r + i / kN].lse);
+      }
+      exp2_each_as<E>(probability, to_log2);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        const RowState<C>& row = state[r + i / kN];
+        const Vec<C> x = probability[i] * row.weight;
+        const Vec<C> y = score_gradient(x, load(grad + at(i)), broadcast<C>(row.delta));
+        probability[i] = masked ? select(score[i] == minus_infinity, absent, x) : x;
+        ds[i] = masked ? select(score[i] == minus_infinity, Vec<C>{}, y) : y;
+      }
+      if constexpr (kBFloat16x2)
+        if (joins) return s.weights.template store_pairs<kN>(r0 + r, l, probability, ds);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) store(prob + at(i), probability[i]), store(grad + at(i), ds[i]);
+    });
+  }
+};
+
+}  // namespace heedful::HEEDFUL_TARGET
