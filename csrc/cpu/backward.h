@@ -27,13 +27,14 @@ struct Backward : BackwardTasks {
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   using Tiles = BackwardTile<S, E>;
   static constexpr int64_t kQueries = Tiles::kQueries;
+  static_assert(kRowsPerTask % kQueries == 0);
   static constexpr bool kTurned = Tiles::kTurned;
 
   // ---- plan ---------------------------------------------------------------------------------------------------------
 
   // Whether a task takes all groups of its heads, in order. The bits are the same.
   static bool joins_groups(const Problem& p) {
-    constexpr int64_t kMostBytes = 4 << 20;
+    constexpr int64_t kMostBytes = 4 << 20;  // of dQ; pairs of q and dO are as much, or so
     return keeps_busy(p, task_heads(p)) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
   }
 
@@ -62,7 +63,8 @@ struct Backward : BackwardTasks {
     w->rows = carve.take<RowState<C>>(query_count(p));
     w->finite = carve.take<bool>(row_tasks(p));
     w->dq = joins_groups(p) ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
-    w->pairs = typename Tiles::Pairs(carve, p, joins_groups(p) ? 0 : (p.q_offsets ? 1 : p.B) * p.Hq, p.q_offsets);
+    const int64_t heads = shares_pairs(p) ? (p.q_offsets ? 1 : p.B) * p.Hq : 0;
+    w->pairs = typename Tiles::Pairs(carve, p, heads, p.q_offsets != nullptr);
     w->of_heads = KeyGradients<C>::take(carve, p, splits_heads(p) ? key_count(p) * heads_per_group(p) : 0);
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances =
@@ -89,6 +91,10 @@ struct Backward : BackwardTasks {
     plan->scratch_bytes = carve(p, nullptr, &s);
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
+
+  // Whether pairs of q and dout are made once for all tasks, rather than for a task's heads, or for each tile.
+  static bool shares_pairs(const Problem& p) { return !joins_groups(p) && !makes_pairs(p); }
+  static bool makes_pairs(const Problem& p) { return !joins_groups(p) && Tiles::Pairs::are_sparse(p); }
 
   static bool finishes(const Problem& p) { return dq_parts(p) > 0 || Tiles::defers_scale(p); }
 
@@ -121,12 +127,14 @@ struct Backward : BackwardTasks {
     w.finite[task] = all_finite<C>(q, p.q.stride[2], p.q.stride[3], present, p.D) &&
                      all_finite<C>(g, p.dout.stride[2], p.dout.stride[3], present, p.Dv);
     if constexpr (kBFloat16x2) {
+      if (makes_pairs(p)) return;
       const int64_t end = least(t.i1, band.queries), head = paired_head(p, t.b, t.h);
       w.pairs.q.pack(band, t.b, head, t.i0, end, {q, p.q.stride[2], p.q.stride[3]});
       w.pairs.dout.pack(band, t.b, head, t.i0, end, {g, p.dout.stride[2], p.dout.stride[3]});
     }
   }
   static int64_t paired_head(const Problem& p, int64_t b, int64_t h) {
+    if (makes_pairs(p)) return 0;
     return joins_groups(p) ? h % heads_per_task(p) : (p.q_offsets ? 0 : b * p.Hq) + h;
   }
 
@@ -134,11 +142,11 @@ struct Backward : BackwardTasks {
 
   struct Scratch {
     typename Tiles::Scratch tile;
-    KeyGradients<C> sum;    // [kKeys]
-    KeyGradients<C> other;  // likewise, of a head that is added to others
-    C* row;                 // [D]
-    C* dq;                  // of joined groups, and these
-    typename Tiles::Pairs pairs;
+    KeyGradients<C> sum;          // [kKeys]
+    KeyGradients<C> other;        // likewise, of a head that is added to others
+    C* row;                       // [D]
+    C* dq;                        // of joined groups
+    typename Tiles::Pairs pairs;  // unless tasks share them
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t keys = least(kKeys, padded<C>(p.Sk)), heads = heads_per_task(p);
@@ -149,7 +157,7 @@ struct Backward : BackwardTasks {
     s->other = KeyGradients<C>::take(carve, p, heads > 1 ? keys : 0);
     s->row = carve.take<C>(padded<C>(p.D));
     s->dq = joins ? carve.take<C>(dq_size(p)) : nullptr;
-    s->pairs = typename Tiles::Pairs(carve, p, joins ? heads : 0, false);
+    s->pairs = typename Tiles::Pairs(carve, p, joins ? heads : makes_pairs(p) ? 1 : 0, false);
     return carve.size;
   }
 
@@ -163,7 +171,8 @@ struct Backward : BackwardTasks {
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
     const ProductRegisters<E> registers;
-    if (joins) w.dq = s.dq, w.pairs = s.pairs;
+    if (joins) w.dq = s.dq;
+    if (!shares_pairs(p)) w.pairs = s.pairs;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
       for (int64_t x = h0; x < (sums_heads(p) ? p.Hk : h0 + 1); ++x) {
         const Band band(p, b);
@@ -231,7 +240,7 @@ struct Backward : BackwardTasks {
 
   int64_t tile_end(int64_t i0) const {
     const int64_t queries = p.tiles.data || p.mask.data ? kMaskTile : kQueries;  // masks have words for so many
-    return (i0 / queries + 1) * queries;
+    return kBFloat16x2 || p.tiles.data ? (i0 / queries + 1) * queries : i0 + queries;
   }
   void run_key_block(int64_t j0, int64_t block_end, bool finite) const {
     const int64_t j1 = least(block_end, band.keys), keys = j1 - j0;
@@ -239,15 +248,14 @@ struct Backward : BackwardTasks {
     const int64_t rows = block_end - j0, first = keys > 0 ? sum_step_down<E>(band.first_query(j0)) : 0,
                   end = keys > 0 ? least(sum_step_up<E>(band.end_query(j1 - 1)), band.queries) : 0;
     const bool splits = splits_heads(p), starts = starts_dq(j0);
-    const Tiles tiles{p, band, s.tile, w.pairs, heads.hk};
+    const Tiles tiles{p, band, s.tile, w.pairs, makes_pairs(p), heads.hk};
     KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
     // A tile's sum is added to what is there: a head of one tile may add it to the others' at once, with the same bits,
     // unless it is turned. What is turned is turned back when its head is done; of a head alone, when it is stored.
     const bool one = heads.end - heads.first == 1, apart = !one && (kTurned || tile_end(first) < end);
     const bool turns_last = kTurned && !splits && one;
-    const KeyGradients<C>& turned = s.tile.turned;
     if (!turns_last) total.clear(rows);
-    bool packed = false, any = false;
+    bool packed = false, summed = false;
     for (int64_t h = heads.first; h < heads.end; ++h) {
       const bool other = apart && h > heads.first;
       KeyGradients<C> sum = other ? s.other : total;
@@ -255,7 +263,7 @@ struct Backward : BackwardTasks {
       const typename Tiles::Head head = head_of(h);
       if (starts) head.dq.clear(0, first), head.dq.clear(end, band.q_rows);
       skip_bias<C>(p, {b, h, 0, first, j0, j1}), skip_bias<C>(p, {b, h, end, p.Sq, j0, j1});
-      any = false;
+      summed = false;
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = tile_end(i0);
         Tile tile{b, h, i0, least(next, end), j0, j1};
@@ -266,16 +274,16 @@ struct Backward : BackwardTasks {
         }
         if (!packed) tiles.pack_keys(j0, keys);
         packed = true;
-        tiles.run(head, tile, sum, {careful, any, !starts});
-        any = true;
+        tiles.run(head, tile, sum, {careful, summed, !starts});
+        summed = true;
       }
-      if (kTurned && any && !turns_last) {
-        store_transposed(sum.dk, sum.dk_stride, turned.dk, s.tile.lanes, p.D, keys);
-        store_transposed(sum.dv, sum.dv_stride, turned.dv, s.tile.lanes, p.Dv, keys);
+      if (kTurned && summed && !turns_last) {
+        store_transposed(sum.dk, sum.dk_stride, s.tile.dk_turned, s.tile.lanes, p.D, keys);
+        store_transposed(sum.dv, sum.dv_stride, s.tile.dv_turned, s.tile.lanes, p.Dv, keys);
       }
       if (other) total.add(sum, rows);
     }
-    if (turns_last) return finish_turned(j0, any ? j1 : j0, block_end);
+    if (turns_last) return finish_turned(j0, summed ? j1 : j0, block_end);
     if (!splits) finish_keys(total, j0, block_end);
   }
 
@@ -290,8 +298,8 @@ struct Backward : BackwardTasks {
   C scale_of_dk() const { return scales_first(p) && !kBFloat16x2 ? C(1) : C(p.scale); }
   // Keys from j1 on have no gradients.
   void finish_turned(int64_t j0, int64_t j1, int64_t block_end) const {
-    store_transposed(key_row<S>(p.dk, j0), p.dk.stride[2], s.tile.turned.dk, s.tile.lanes, p.D, j1 - j0, scale_of_dk());
-    store_transposed(key_row<S>(p.dv, j0), p.dv.stride[2], s.tile.turned.dv, s.tile.lanes, p.Dv, j1 - j0);
+    store_transposed(key_row<S>(p.dk, j0), p.dk.stride[2], s.tile.dk_turned, s.tile.lanes, p.D, j1 - j0, scale_of_dk());
+    store_transposed(key_row<S>(p.dv, j0), p.dv.stride[2], s.tile.dv_turned, s.tile.lanes, p.Dv, j1 - j0);
     if (j1 >= block_end) return;
     KeyGradients<C> none = s.sum;
     none.clear(block_end - j1);

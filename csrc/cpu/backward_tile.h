@@ -33,7 +33,7 @@ struct BackwardTile {
   static constexpr int n = kLanes<C>;
   static constexpr bool kBFloat16x2 = kDepth<E> == 2;
   static constexpr int64_t kQueries = kInTiles<E> ? 128 : 64;
-  static_assert(kQueries <= kMostQueries);
+  static_assert(kQueries <= kMostQueries && kQueries % kMaskTile == 0 && kMaskTile % kSumStep<E> == 0);
   // Whether dK and dV are added up turned: keys are in the lanes of P and dS, which tile registers turn for no product.
   static constexpr bool kTurned = kInTiles<E>;
   // Whether dQ comes out unscaled and embedded, to be taken back later: scales differ between the heads that share a
@@ -45,7 +45,7 @@ struct BackwardTile {
 
   // Of q and dout: whether rows to multiply are read where they lie.
   static bool in_place(const View& view, int64_t dim) {
-    if constexpr (kBFloat16x2) return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
+    if constexpr (kBFloat16x2) return lie_close_as_operand<E, S>(view, dim);
     return sizeof(S) == sizeof(E) && lie_in_vectors<C>(view, dim);
   }
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && (kBFloat16x2 || !scales_first(p)); }
@@ -60,6 +60,7 @@ struct BackwardTile {
   struct NoPairs {
     NoPairs() = default;
     NoPairs(Carver&, const Problem&, int64_t, bool) {}
+    static bool are_sparse(const Problem&) { return false; }
   };
   using Pairs = std::conditional_t<kBFloat16x2, PairsOfQueries<kQueries>, NoPairs>;
 
@@ -68,8 +69,8 @@ struct BackwardTile {
     E *kt, *vt, *k;  // K^T and V^T, [D][lanes] in panels; K, numbers scaled unless deferred, [lanes][D]
     E *q, *dout;     // [kQueries][D]; null where they are read where they lie
     TileWeights<E> weights;
-    KeyGradients<C> turned;  // [D][lanes], of a head
-    ScoreParts<C> parts;     // [kQueries][panel]
+    C *dk_turned, *dv_turned;  // [D][lanes], of a head
+    ScoreParts<C> parts;       // [kQueries][panel]
 
     Scratch() = default;
     Scratch(Carver& carve, const Problem& p, int64_t lanes) : lanes(lanes) {
@@ -80,7 +81,8 @@ struct BackwardTile {
       q = q_in_place(p) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(dim)));
       dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
       weights = TileWeights<E>(carve, queries, lanes, least(part_queries(p), queries), panel);
-      turned = KeyGradients<C>::take(carve, p, kTurned ? lanes : 0);
+      dk_turned = carve.take<C>(kTurned ? p.D * lanes : 0);
+      dv_turned = carve.take<C>(kTurned ? p.Dv * lanes : 0);
       parts = ScoreParts<C>(p, carve, queries, panel, lanes, true);
     }
   };
@@ -102,6 +104,7 @@ struct BackwardTile {
   const Band& band;
   const Scratch& s;
   const Pairs& pairs;
+  const bool makes_pairs;  // for each tile anew
   const int64_t hk;
 
   // Keys from j0 on, for all tiles.
@@ -137,6 +140,14 @@ struct BackwardTile {
         load_row_pairs(to, terms<E>(padded<C>(dim)), from, queries, dim);
         return {to, terms<E>(padded<C>(dim))};
       };
+      if (makes_pairs) {
+        const int64_t block = t.i0 / kQueries * kQueries, end = least(block + kQueries, band.queries);
+        const auto pack = [&](const auto& to, Source<S> from) {
+          from.data -= (t.i0 - block) * from.row_stride;
+          to.pack(band, t.b, head.in_pairs, block, end, from);
+        };
+        pack(pairs.q, q), pack(pairs.dout, dout);
+      }
       return {pairs.q.at(band, t.b, head.in_pairs, t.i0), pairs.dout.at(band, t.b, head.in_pairs, t.i0),
               rows(s.q, q, p.D), rows(s.dout, dout, p.Dv)};
     } else {
@@ -213,8 +224,8 @@ struct BackwardTile {
           store(sum, onto == Onto::c ? load(sum) + more : more);
         }
     };
-    add(s.turned.dv, rows.dout, p.Dv, s.weights.weights);
-    add(s.turned.dk, rows.q, p.D, s.weights.grads);
+    add(s.dv_turned, rows.dout, p.Dv, s.weights.weights);
+    add(s.dk_turned, rows.q, p.D, s.weights.grads);
   }
   // ---- scores and gradients -----------------------------------------------------------------------------------------
 

@@ -68,11 +68,12 @@ struct Forward {
   }
 
   // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
-  static bool in_place(const View& view, int64_t dim) {
-    return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
+  static bool k_in_place(const Problem& p) {
+    return lie_close_as_operand<E, S>(p.k, p.D) && p.similarity == Similarity::dot;
   }
-  static bool k_in_place(const Problem& p) { return in_place(p.k, p.D) && p.similarity == Similarity::dot; }
-  static bool v_in_place(const Problem& p) { return kBFloat16x2 ? shares_values(p) : in_place(p.v, p.Dv); }
+  static bool v_in_place(const Problem& p) {
+    return kBFloat16x2 ? shares_values(p) : lie_close_as_operand<E, S>(p.v, p.Dv);
+  }
 
   // Larger blocks where each packs keys or values, but under a bool or block mask, which has words for kQueries, and as
   // long as threads have enough of them: more of a band's, which are unlike. Smaller ones where there would be too few

@@ -200,6 +200,17 @@ void test_groups(DType dtype) {
     }
 }
 
+// Heads so large that tiles of backward take more queries of a panel at a time; several tiles, an odd number of keys.
+void test_large_heads(DType dtype) {
+  for (bool packed : {false, true}) {
+    Case c{.dtype = dtype, .B = 2, .Hq = 2, .Hk = 1, .Sq = 150, .Sk = 171, .D = 96, .Dv = 80, .start = 37};
+    c.packed = packed, c.right = 0;
+    test(c);
+    c.dropout = 0.2;
+    test(c);
+  }
+}
+
 // Blocks of queries, and query heads, that share values: kernels for pairs of bfloat16 make them once.
 void test_shared_values() {
   for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
@@ -285,6 +296,7 @@ int main() {
     test_spoiled_values(dtype);
     test_features(dtype);
     test_groups(dtype);
+    test_large_heads(dtype);
     for (int n = 0; n < 250; ++n) test(random_case(dtype));
   }
   for (int t = 0; t < 4; ++t) test_many_heads(DType(t));

@@ -169,8 +169,8 @@ HEEDFUL_FN void add_row_carefully(Sum<E>* c, int64_t lanes, Operand<E, unit> a, 
   }
 }
 
-// A vector of lanes of row m of the product over `count` numbers, less what B's marks leave out: an element of A counts
-// as zero where B's, or the `marks` in its place, is below 0. Added up as `multiply` does.
+// A vector of lanes of row m of the product over the elements [k0, k1), less what B's marks leave out: an element of A
+// counts as zero where B's, or the `marks` in its place, is below 0. Added up as `multiply` does.
 template <class E, Unit unit>
 HEEDFUL_FN Vec<Sum<E>> sum_unmarked(Operand<E, unit> a, int64_t m, int64_t k0, int64_t k1, const E* b, const E* marks,
                                     int64_t b_stride) {

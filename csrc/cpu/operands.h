@@ -146,12 +146,13 @@ HEEDFUL_CALLED void join_rows(BFloat16x2* to, int64_t to_stride, const float* fr
     }
 }
 
-// to[r][l] = (from[r][2 l], from[r][2 l + 1]), of `lanes` lanes, a multiple of the vector.
+// to[r][l] = (from[r][2 l], from[r][2 l + 1]), zero where there is no lane of `lanes`. Whole vectors are read.
 HEEDFUL_CALLED void join_lanes(BFloat16x2* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                                int64_t lanes) {
   for (int64_t r = 0; r < rows; ++r) {
     BFloat16* row = reinterpret_cast<BFloat16*>(to + r * to_stride);
     for (int64_t l = 0; l < lanes; l += kLanes<float>) store_rounded(row + l, load(from + r * from_stride + l));
+    if (lanes % 2) row[lanes].bits = 0;
   }
 }
 
@@ -293,6 +294,11 @@ HEEDFUL_FN bool lie_in_pairs(const View& rows, int64_t dim) {
 template <class E, class S>
 HEEDFUL_FN bool lie_as_operand(const View& rows, int64_t dim) {
   return sizeof(S) * kDepth<E> == sizeof(E) && rows.stride[3] == 1 && (kDepth<E> == 1 || lie_in_pairs(rows, dim));
+}
+// Likewise, if they follow each other closely: strides of many rows have few places in a cache.
+template <class E, class S>
+HEEDFUL_FN bool lie_close_as_operand(const View& view, int64_t dim) {
+  return lie_as_operand<E, S>(view, dim) && view.stride[2] <= 2 * dim;
 }
 template <class E, class S>
 HEEDFUL_FN Rows<E> in_memory(Source<S> rows) {

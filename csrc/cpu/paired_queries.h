@@ -1,5 +1,5 @@
 // q and dO in pairs along the queries, as backward's sums over queries want them: [queries][D] or, for tile registers,
-// turned. All blocks of keys share them. Turned ones lie in blocks of queries, each [D][queries of the block].
+// turned. Turned ones lie in blocks of queries, each [D][queries of the block].
 #pragma once
 
 #include "../score/mask.h"
@@ -10,7 +10,6 @@ namespace heedful::HEEDFUL_TARGET {
 template <int64_t kBlock>
 struct PairedQueries {
   using E = BFloat16x2;
-  static constexpr bool kTurned = kInTiles<E>;
   // Queries that are summed up together. Those of packed sequences lie one after the other, in whole units.
   static constexpr int64_t kUnit = kSumStep<E>;
   static_assert(kBlock % kUnit == 0);
@@ -28,25 +27,30 @@ struct PairedQueries {
 
   // From query i of sequence b on to the end of its block; `head` counts those that lie here.
   Rows<E> at(const Band& band, int64_t b, int64_t head, int64_t i) const {
-    const int64_t block = i / kBlock * kBlock, first = packed ? band.q_row / kUnit + b : 0;
-    E* const from = data + (head * units_of_head + first + block / kUnit) * unit_size();
-    if (!kTurned) return {from + terms<E>(i - block) * width(), width()};
-    return {from + terms<E>(i - block), terms<E>(units(least(kBlock, band.queries - block)) * kUnit)};
+    const int64_t block = i / kBlock * kBlock;
+    const E* const from = start_of(band, b, head, block);
+    return {from + terms<E>(i - block) * (kInTiles<E> ? 1 : width()), stride_of(band, block)};
   }
-  // Queries [i0, i1), which are whole blocks but for the last one's lack.
+  // Queries [i0, i1), the first of which is a block's.
   void pack(const Band& band, int64_t b, int64_t head, int64_t i0, int64_t i1, Source<BFloat16> from) const {
     for (int64_t i = i0; i < i1; i += kBlock, from.data += kBlock * from.row_stride) {
-      const int64_t queries = least(kBlock, i1 - i);
-      const Rows<E> rows = at(band, b, head, i);
-      E* const to = const_cast<E*>(rows.data);
-      if (kTurned)
-        load_row_pairs(to, rows.stride, {from.data, from.lane_stride, from.row_stride}, dim, queries);
+      const int64_t queries = least(kBlock, i1 - i), stride = stride_of(band, i);
+      E* const to = start_of(band, b, head, i);
+      if (kInTiles<E>)
+        load_row_pairs(to, stride, {from.data, from.lane_stride, from.row_stride}, dim, queries);
       else
-        load_pairs(to, rows.stride, from, queries, dim, rows.stride);
+        load_pairs(to, stride, from, queries, dim, stride);
     }
   }
 
  private:
+  E* start_of(const Band& band, int64_t b, int64_t head, int64_t block) const {
+    const int64_t first = packed ? band.q_row / kUnit + b : 0;
+    return data + (head * units_of_head + first + block / kUnit) * unit_size();
+  }
+  int64_t stride_of(const Band& band, int64_t block) const {
+    return kInTiles<E> ? terms<E>(units(least(kBlock, band.queries - block)) * kUnit) : width();
+  }
   static int64_t units(int64_t queries) { return (queries + kUnit - 1) / kUnit; }
   int64_t width() const { return padded<float>(dim); }
   int64_t unit_size() const { return terms<E>(kUnit) * width(); }
@@ -55,6 +59,12 @@ struct PairedQueries {
 template <int64_t kBlock>
 struct PairsOfQueries {
   PairedQueries<kBlock> q, dout;
+
+  // Whether sequences are packed and so short that units would be much more than their queries.
+  static bool are_sparse(const Problem& p) {
+    constexpr int64_t kUnit = PairedQueries<kBlock>::kUnit;
+    return p.q_offsets && p.q_rows + p.B * kUnit > 2 * p.q_rows;
+  }
 
   PairsOfQueries() = default;
   PairsOfQueries(Carver& carve, const Problem& p, int64_t heads, bool packed)

@@ -92,9 +92,9 @@ struct Spans {
 
 // Limits of a sum over queries, for rows of keys, or lanes: the queries that see any of these, counted from the tile's
 // first.
-template <bool kInLanes>
+template <bool kOfKeysInLanes>
 struct QueriesThatSee {
-  static constexpr bool kOfLanes = kInLanes;
+  static constexpr bool kOfLanes = kOfKeysInLanes;
   const Band& band;
   const Tile& tile;
   HEEDFUL_FN int64_t first(int64_t key, int64_t) const {

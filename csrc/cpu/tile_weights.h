@@ -1,6 +1,6 @@
 // P and dS of a tile of backward, keys in lanes: numbers while they are made, a panel of keys at a time, then operands
-// of three products. Numbers of pairs are those of a part of a panel, few enough to stay in the first cache until they
-// are joined.
+// of three products. Numbers of pairs are those of a part of a panel, as a rule few enough to stay in the first cache
+// until they are joined.
 #pragma once
 
 #include "operands.h"
@@ -92,6 +92,7 @@ struct TileWeights {
     for (int64_t r = 0; r < rows; ++r) reinterpret_cast<BFloat16*>(grad_rows + r * grad_stride)[key].bits = 0;
   }
 
+  // By the mark. A NaN may seem to be one: it makes NaN of whatever it is multiplied by.
   bool is_absent(int64_t r, int64_t key) const {
     if constexpr (kBFloat16x2)
       return reinterpret_cast<const BFloat16*>(weights + r / 2 * lanes + key)[r % 2].bits >> 15;
