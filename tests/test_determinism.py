@@ -209,6 +209,25 @@ def test_any_place_among_packed_sequences(name: str, dtype: torch.dtype, backend
         assert not [(n, b) for n, b in enumerate(order) if differing(first[b], some[n])]
 
 
+@DTYPES
+@pytest.mark.parametrize("queries", (3, 20, 200))
+def test_short_sequences_on_any_number_of_threads(
+    queries: int, dtype: torch.dtype, backend: Backend, threads: None
+) -> None:
+    """Packed sequences so short that kernels keep less of them than of longer ones: once, or only while it is used."""
+    lengths = ((queries, 150), (1, 130), (5, 3), (2, 70), (4, 9))
+    problem = build(packed((3, 1), (16, 8), *lengths, right=100), dtype, backend.device)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(problem.results())
+    assert not differing(results[0], results[1]) and not differing(results[0], results[2])
+    torch.set_num_threads(3)
+    each = split(results[0], lengths)
+    for b in range(len(lengths)):
+        assert not differing(each[b], split(repacked(problem, lengths, [b]).results(), [lengths[b]])[0])
+
+
 def split(results: dict[str, Tensor], lengths: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
     """The results of each packed sequence."""
     parts = {name: results[name].split([n[name in ("dk", "dv")] for n in lengths], dim=2) for name in PER_SEQUENCE}

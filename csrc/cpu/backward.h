@@ -10,7 +10,7 @@
 // through 1 to 3, with dQ at hand; how heads and keys are dealt out is in backward_tasks.h.
 //
 // The products' operands are numbers of the compute type, or pairs of bfloat16 (operands.h) along each product's sum:
-// q, dO and dS are then there twice; phase 1 makes the pairs along the queries, which all key blocks share.
+// q, dO and dS are then there twice; phase 1 makes the pairs along the queries, as a rule, for all key blocks.
 #pragma once
 
 #include "backward_tasks.h"
@@ -34,7 +34,7 @@ struct Backward : BackwardTasks {
 
   // Whether a task takes all groups of its heads, in order. The bits are the same.
   static bool joins_groups(const Problem& p) {
-    constexpr int64_t kMostBytes = 4 << 20;  // of dQ; pairs of q and dO are as much, or so
+    constexpr int64_t kMostBytes = 4 << 20;  // of dQ alone
     return keeps_busy(p, task_heads(p)) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
   }
 
@@ -53,7 +53,7 @@ struct Backward : BackwardTasks {
     RowState<C>* rows;  // [B, Hq, Sq]
     bool* finite;       // [B, Hq, tasks a head]: whether the rows' q and dout are
     C* dq;              // [dq_parts, B, Hq, Sq, padded embedded dim]; of joined groups the task's, of its heads alone
-    typename Tiles::Pairs pairs;  // [B, Hq]; likewise
+    typename Tiles::Pairs pairs;  // of all heads, or as Scratch has them
     KeyGradients<C> of_heads;     // of split heads: [B, Hq, Sk]
     RowSums* row_sums;            // [B, Hq, tasks a head]
     double* distances;            // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
@@ -64,7 +64,7 @@ struct Backward : BackwardTasks {
     w->finite = carve.take<bool>(row_tasks(p));
     w->dq = joins_groups(p) ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
     const int64_t heads = shares_pairs(p) ? (p.q_offsets ? 1 : p.B) * p.Hq : 0;
-    w->pairs = typename Tiles::Pairs(carve, p, heads, p.q_offsets != nullptr);
+    w->pairs = typename Tiles::Pairs(carve, p, heads, PairsOf::call);
     w->of_heads = KeyGradients<C>::take(carve, p, splits_heads(p) ? key_count(p) * heads_per_group(p) : 0);
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances =
@@ -157,7 +157,11 @@ struct Backward : BackwardTasks {
     s->other = KeyGradients<C>::take(carve, p, heads > 1 ? keys : 0);
     s->row = carve.take<C>(padded<C>(p.D));
     s->dq = joins ? carve.take<C>(dq_size(p)) : nullptr;
-    s->pairs = typename Tiles::Pairs(carve, p, joins ? heads : makes_pairs(p) ? 1 : 0, false);
+    s->pairs = typename Tiles::Pairs(carve, p,
+                                     joins            ? heads
+                                     : makes_pairs(p) ? 1
+                                                      : 0,
+                                     joins ? PairsOf::sequence : PairsOf::tile);
     return carve.size;
   }
 

@@ -59,7 +59,7 @@ struct BackwardTile {
   // q and dout as pairs, of some heads.
   struct NoPairs {
     NoPairs() = default;
-    NoPairs(Carver&, const Problem&, int64_t, bool) {}
+    NoPairs(Carver&, const Problem&, int64_t, PairsOf) {}
     static bool are_sparse(const Problem&) { return false; }
   };
   using Pairs = std::conditional_t<kBFloat16x2, PairsOfQueries<kQueries>, NoPairs>;
@@ -141,12 +141,8 @@ struct BackwardTile {
         return {to, terms<E>(padded<C>(dim))};
       };
       if (makes_pairs) {
-        const int64_t block = t.i0 / kQueries * kQueries, end = least(block + kQueries, band.queries);
-        const auto pack = [&](const auto& to, Source<S> from) {
-          from.data -= (t.i0 - block) * from.row_stride;
-          to.pack(band, t.b, head.in_pairs, block, end, from);
-        };
-        pack(pairs.q, q), pack(pairs.dout, dout);
+        pairs.q.pack(band, t.b, head.in_pairs, t.i0, t.i1, q);
+        pairs.dout.pack(band, t.b, head.in_pairs, t.i0, t.i1, dout);
       }
       return {pairs.q.at(band, t.b, head.in_pairs, t.i0), pairs.dout.at(band, t.b, head.in_pairs, t.i0),
               rows(s.q, q, p.D), rows(s.dout, dout, p.Dv)};
@@ -227,6 +223,7 @@ struct BackwardTile {
     add(s.dv_turned, rows.dout, p.Dv, s.weights.weights);
     add(s.dk_turned, rows.q, p.D, s.weights.grads);
   }
+
   // ---- scores and gradients -----------------------------------------------------------------------------------------
 
   // P and dS of one panel of keys; zero where no pair is left.
