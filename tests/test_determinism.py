@@ -222,7 +222,6 @@ def test_short_sequences_on_any_number_of_threads(
         torch.set_num_threads(count)
         results.append(problem.results())
     assert not differing(results[0], results[1]) and not differing(results[0], results[2])
-    torch.set_num_threads(3)
     each = split(results[0], lengths)
     for b in range(len(lengths)):
         assert not differing(each[b], split(repacked(problem, lengths, [b]).results(), [lengths[b]])[0])
