@@ -52,8 +52,10 @@ struct Backward : BackwardTasks {
   struct Workspace {
     RowState<C>* rows;  // [B, Hq, Sq]
     bool* finite;       // [B, Hq, tasks a head]: whether the rows' q and dout are
+    bool joins;         // groups
     C* dq;              // [dq_parts, B, Hq, Sq, padded embedded dim]; of joined groups the task's, of its heads alone
-    typename Tiles::Pairs pairs;  // of all heads, or as Scratch has them
+    PairsOf pairs_of;
+    typename Tiles::Pairs pairs;  // of the call, or the task's
     KeyGradients<C> of_heads;     // of split heads: [B, Hq, Sk]
     RowSums* row_sums;            // [B, Hq, tasks a head]
     double* distances;            // [B, groups, Hq, 1 + table_rows]: of the slope, then of the table
@@ -62,9 +64,10 @@ struct Backward : BackwardTasks {
     Carver carve{base};
     w->rows = carve.take<RowState<C>>(query_count(p));
     w->finite = carve.take<bool>(row_tasks(p));
-    w->dq = joins_groups(p) ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
-    const int64_t heads = shares_pairs(p) ? (p.q_offsets ? 1 : p.B) * p.Hq : 0;
-    w->pairs = typename Tiles::Pairs(carve, p, heads, PairsOf::call);
+    w->joins = joins_groups(p);
+    w->dq = w->joins ? nullptr : carve.take<C>(dq_parts(p) * query_count(p) * padded<C>(embedded_dim(p)));
+    w->pairs_of = pairs_of(p, w->joins);
+    if (w->pairs_of == PairsOf::call) w->pairs = {carve, p, PairsOf::call, 0};
     w->of_heads = KeyGradients<C>::take(carve, p, splits_heads(p) ? key_count(p) * heads_per_group(p) : 0);
     w->row_sums = p.sinks.gradient || p.scales.gradient ? carve.take<RowSums>(row_tasks(p)) : nullptr;
     w->distances =
@@ -92,9 +95,9 @@ struct Backward : BackwardTasks {
     plan->workspace_bytes = carve(p, nullptr, &w);
   }
 
-  // Whether pairs of q and dout are made once for all tasks, rather than for a task's heads, or for each tile.
-  static bool shares_pairs(const Problem& p) { return !joins_groups(p) && !makes_pairs(p); }
-  static bool makes_pairs(const Problem& p) { return !joins_groups(p) && Tiles::Pairs::are_sparse(p); }
+  static PairsOf pairs_of(const Problem& p, bool joins) {
+    return joins ? PairsOf::sequence : Tiles::Pairs::are_sparse(p) ? PairsOf::tile : PairsOf::call;
+  }
 
   static bool finishes(const Problem& p) { return dq_parts(p) > 0 || Tiles::defers_scale(p); }
 
@@ -127,15 +130,10 @@ struct Backward : BackwardTasks {
     w.finite[task] = all_finite<C>(q, p.q.stride[2], p.q.stride[3], present, p.D) &&
                      all_finite<C>(g, p.dout.stride[2], p.dout.stride[3], present, p.Dv);
     if constexpr (kBFloat16x2) {
-      if (makes_pairs(p)) return;
-      const int64_t end = least(t.i1, band.queries), head = paired_head(p, t.b, t.h);
-      w.pairs.q.pack(band, t.b, head, t.i0, end, {q, p.q.stride[2], p.q.stride[3]});
-      w.pairs.dout.pack(band, t.b, head, t.i0, end, {g, p.dout.stride[2], p.dout.stride[3]});
+      if (w.pairs_of == PairsOf::tile) return;
+      w.pairs.q.pack(band, t.b, t.h, t.i0, t.i0 + present, {q, p.q.stride[2], p.q.stride[3]});
+      w.pairs.dout.pack(band, t.b, t.h, t.i0, t.i0 + present, {g, p.dout.stride[2], p.dout.stride[3]});
     }
-  }
-  static int64_t paired_head(const Problem& p, int64_t b, int64_t h) {
-    if (makes_pairs(p)) return 0;
-    return joins_groups(p) ? h % heads_per_task(p) : (p.q_offsets ? 0 : b * p.Hq) + h;
   }
 
   // ---- phase 2 ------------------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ struct Backward : BackwardTasks {
     KeyGradients<C> other;        // likewise, of a head that is added to others
     C* row;                       // [D]
     C* dq;                        // of joined groups
-    typename Tiles::Pairs pairs;  // unless tasks share them
+    typename Tiles::Pairs pairs;  // of the task's heads, or of a tile
   };
   static size_t carve(const Problem& p, char* base, Scratch* s) {
     const int64_t keys = least(kKeys, padded<C>(p.Sk)), heads = heads_per_task(p);
@@ -157,11 +155,8 @@ struct Backward : BackwardTasks {
     s->other = KeyGradients<C>::take(carve, p, heads > 1 ? keys : 0);
     s->row = carve.take<C>(padded<C>(p.D));
     s->dq = joins ? carve.take<C>(dq_size(p)) : nullptr;
-    s->pairs = typename Tiles::Pairs(carve, p,
-                                     joins            ? heads
-                                     : makes_pairs(p) ? 1
-                                                      : 0,
-                                     joins ? PairsOf::sequence : PairsOf::tile);
+    const PairsOf of = pairs_of(p, joins);
+    if (of != PairsOf::call) s->pairs = {carve, p, of, heads};
     return carve.size;
   }
 
@@ -169,14 +164,14 @@ struct Backward : BackwardTasks {
   static void run(const Problem& p, int64_t task, void* scratch) {
     const int64_t batches = task_batches(p), heads = task_heads(p);
     const int64_t g0 = task / (batches * heads), b0 = task / heads % batches, h0 = task % heads;
-    const bool joins = joins_groups(p);
     Workspace w;
     Scratch s;
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
     const ProductRegisters<E> registers;
+    const bool joins = w.joins;
     if (joins) w.dq = s.dq;
-    if (!shares_pairs(p)) w.pairs = s.pairs;
+    if (w.pairs_of != PairsOf::call) w.pairs = s.pairs;
     for (int64_t b = b0; b < (sums_batch(p) ? p.B : b0 + 1); ++b)
       for (int64_t x = h0; x < (sums_heads(p) ? p.Hk : h0 + 1); ++x) {
         const Band band(p, b);
@@ -204,8 +199,7 @@ struct Backward : BackwardTasks {
   static QueryGradients<C> dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
     const int64_t stride = padded<C>(embedded_dim(p)), heads = heads_per_task(p), part = group - dq_in_place(p);
     if (part < 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2], stride};
-    const int64_t row =
-        joins_groups(p) ? (part * heads + h % heads) * p.Sq : part * query_count(p) + query_index(p, band, h);
+    const int64_t row = w.joins ? (part * heads + h % heads) * p.Sq : part * query_count(p) + query_index(p, band, h);
     return {w.dq + row * stride, stride, stride};
   }
   static double* distance_sums(const Problem& p, const Workspace& w, int64_t b, int64_t group, int64_t h) {
@@ -252,7 +246,7 @@ struct Backward : BackwardTasks {
     const int64_t rows = block_end - j0, first = keys > 0 ? sum_step_down<E>(band.first_query(j0)) : 0,
                   end = keys > 0 ? least(sum_step_up<E>(band.end_query(j1 - 1)), band.queries) : 0;
     const bool splits = splits_heads(p), starts = starts_dq(j0);
-    const Tiles tiles{p, band, s.tile, w.pairs, makes_pairs(p), heads.hk};
+    const Tiles tiles{p, band, s.tile, w.pairs, heads.hk};
     KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
     // A tile's sum is added to what is there: a head of one tile may add it to the others' at once, with the same bits,
     // unless it is turned. What is turned is turned back when its head is done; of a head alone, when it is stored.
@@ -292,7 +286,7 @@ struct Backward : BackwardTasks {
   }
 
   typename Tiles::Head head_of(int64_t h) const {
-    return {paired_head(p, b, h), w.rows + query_index(p, band, h), dq_rows(p, w, band, group, h),
+    return {w.rows + query_index(p, band, h), dq_rows(p, w, band, group, h),
             w.distances ? distance_sums(p, w, b, group, h) : nullptr};
   }
   KeyGradients<C> of_head(int64_t h, int64_t j0) const {

@@ -56,10 +56,10 @@ struct BackwardTile {
     return p.D + p.Dv > 160 ? 64 : 32;
   }
 
-  // q and dout as pairs, of some heads.
+  // q and dout as pairs.
   struct NoPairs {
     NoPairs() = default;
-    NoPairs(Carver&, const Problem&, int64_t, PairsOf) {}
+    NoPairs(Carver&, const Problem&, PairsOf, int64_t) {}
     static bool are_sparse(const Problem&) { return false; }
   };
   using Pairs = std::conditional_t<kBFloat16x2, PairsOfQueries<kQueries>, NoPairs>;
@@ -89,7 +89,6 @@ struct BackwardTile {
 
   // A query head, and where its sums go.
   struct Head {
-    int64_t in_pairs;         // its place among heads there
     const RowState<C>* rows;  // of its queries
     QueryGradients<C> dq;
     double* distances;  // null where unwanted
@@ -104,7 +103,6 @@ struct BackwardTile {
   const Band& band;
   const Scratch& s;
   const Pairs& pairs;
-  const bool makes_pairs;  // for each tile anew
   const int64_t hk;
 
   // Keys from j0 on, for all tiles.
@@ -128,7 +126,7 @@ struct BackwardTile {
   struct Queries {
     Rows<E> q, dout, q_rows, dout_rows;
   };
-  Queries load_queries(const Head& head, const Tile& t) const {
+  Queries load_queries(const Tile& t) const {
     const int64_t queries = t.i1 - t.i0, d = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
     const auto source = [&](const View& view) -> Source<S> {
       return {row_of<const S>(view, band.batch, t.h, band.q_row + t.i0), view.stride[2], view.stride[3]};
@@ -140,12 +138,12 @@ struct BackwardTile {
         load_row_pairs(to, terms<E>(padded<C>(dim)), from, queries, dim);
         return {to, terms<E>(padded<C>(dim))};
       };
-      if (makes_pairs) {
-        pairs.q.pack(band, t.b, head.in_pairs, t.i0, t.i1, q);
-        pairs.dout.pack(band, t.b, head.in_pairs, t.i0, t.i1, dout);
+      if (pairs.q.of == PairsOf::tile) {
+        pairs.q.pack(band, t.b, t.h, t.i0, t.i1, q);
+        pairs.dout.pack(band, t.b, t.h, t.i0, t.i1, dout);
       }
-      return {pairs.q.at(band, t.b, head.in_pairs, t.i0), pairs.dout.at(band, t.b, head.in_pairs, t.i0),
-              rows(s.q, q, p.D), rows(s.dout, dout, p.Dv)};
+      return {pairs.q.at(band, t.b, t.h, t.i0), pairs.dout.at(band, t.b, t.h, t.i0), rows(s.q, q, p.D),
+              rows(s.dout, dout, p.Dv)};
     } else {
       const C scale = query_scale<E>(p, t.b, t.h);  // scores want it, and dK
       const Rows<C> q_rows = load_rows<C>(s.q, q, queries, p.D, d, p.similarity == Similarity::dot ? scale : C(1)),
@@ -158,7 +156,7 @@ struct BackwardTile {
   // `sum` has the keys' gradients, unless they are turned.
   void run(const Head& head, const Tile& t, const KeyGradients<C>& sum, const Way& way) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
-    const Queries rows = load_queries(head, t);
+    const Queries rows = load_queries(t);
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, s.lanes, p, band, t);
     for_each_panel<C>(padded<C>(keys),
                       [&](int64_t l, auto vectors) { score_panel<vectors.value>(head, t, rows, l, way.careful); });

@@ -22,6 +22,7 @@
 #include "online_softmax.h"
 #include "scores.h"
 #include "spans.h"
+#include "whole_steps.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -56,7 +57,7 @@ struct Forward {
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
       s->k = k_in_place(p) ? nullptr : carve.take<E>(keys * terms<E>(p.D));
-      s->v = v_in_place(p) ? nullptr : carve.take<E>(units(keys) * unit_size(p));
+      s->v = v_in_place(p) ? nullptr : carve.take<E>(Steps::of(keys) * step_size(p));
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
@@ -112,7 +113,7 @@ struct Forward {
     if (shares_values(p)) {
       plan->phases[plan->phase_count++] = {p.B * p.Hk * value_blocks(p), &pair_values};
       Carver workspace{nullptr};
-      workspace.take<E>(p.Hk * (p.k_offsets ? 1 : p.B) * units_of_head(p) * unit_size(p));
+      workspace.take<E>(steps(p).count() * step_size(p));
       plan->workspace_bytes = most(plan->workspace_bytes, workspace.size);
     }
     plan->phases[plan->phase_count++] = {p.B * p.Hq * blocks(p), &run};
@@ -126,15 +127,13 @@ struct Forward {
     const int64_t queries = heads_per_group(p) * p.Sq;
     return kBFloat16x2 && queries > kManyQueries && queries >= p.Sk;
   }
-  // A block of keys is a task. Of a head's keys, those of packed sequences lie one after the other, in whole units.
-  static constexpr int64_t kUnit = kSumStep<E>;
+  // A block of keys is a task.
+  using Steps = WholeSteps<E>;
   static int64_t value_blocks(const Problem& p) { return (p.Sk + kKeys - 1) / kKeys; }
-  static int64_t units(int64_t keys) { return (keys + kUnit - 1) / kUnit; }
-  static int64_t unit_size(const Problem& p) { return terms<E>(kUnit) * padded<C>(p.Dv); }
-  static int64_t units_of_head(const Problem& p) { return p.k_offsets ? p.k_rows / kUnit + p.B : units(p.Sk); }
+  static int64_t step_size(const Problem& p) { return terms<E>(Steps::kRows) * padded<C>(p.Dv); }
+  static Steps steps(const Problem& p) { return Steps::of_call(p, p.Hk, p.k_offsets, p.k_rows, p.Sk); }
   static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t block) {
-    const int64_t head = p.k_offsets ? hk : b * p.Hk + hk, first = p.k_offsets ? band.k_row / kUnit + b : 0;
-    return static_cast<E*>(p.workspace) + (head * units_of_head(p) + first + block * (kKeys / kUnit)) * unit_size(p);
+    return static_cast<E*>(p.workspace) + steps(p).at(b, hk, band.k_row, block * kKeys) * step_size(p);
   }
   static void pair_values(const Problem& p, int64_t task, void*) {
     const int64_t block = task % value_blocks(p), head = task / value_blocks(p), b = head / p.Hk, hk = head % p.Hk;

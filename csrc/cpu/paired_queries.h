@@ -2,48 +2,47 @@
 // turned. Turned ones lie in blocks of queries, each [D][queries of the block].
 #pragma once
 
-#include "../score/mask.h"
-#include "tile_registers.h"
+#include "operands.h"
+#include "whole_steps.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
-// Whose queries they are: all of a call; a sequence's, of some heads; a tile's.
+// Whose queries lie together: all of a call; a sequence's, of the heads that a task has; a tile's.
 enum class PairsOf { call, sequence, tile };
 
 template <int64_t kBlock>
 struct PairedQueries {
   using E = BFloat16x2;
-  // Queries that are summed up together. Those of packed sequences lie one after the other, in whole units.
-  static constexpr int64_t kUnit = kSumStep<E>;
-  static_assert(kBlock % kUnit == 0);
+  using Steps = WholeSteps<E>;
+  static_assert(kBlock % Steps::kRows == 0);
 
   E* data;
-  int64_t dim, units_of_head;
+  int64_t dim;
   PairsOf of;
-  bool packed;  // whether sequences lie so
-
-  // Units of a head, of all sequences if they are packed.
-  static int64_t units_of_call(const Problem& p) { return p.q_offsets ? p.q_rows / kUnit + p.B : units(p.Sq); }
+  Steps steps;
 
   PairedQueries() = default;
-  PairedQueries(Carver& carve, const Problem& p, int64_t dim, int64_t heads, PairsOf of)
-      : dim(dim), units_of_head(units(p.Sq)), of(of), packed(of == PairsOf::call && p.q_offsets) {
-    if (of == PairsOf::call) units_of_head = units_of_call(p);
-    if (of == PairsOf::tile) units_of_head = units(least(kBlock, p.Sq));
-    data = carve.take<E>(heads * units_of_head * unit_size());
+  PairedQueries(Carver& carve, const Problem& p, int64_t dim, PairsOf of, int64_t heads_of_task)
+      : dim(dim), of(of), steps(steps_of(p, of, heads_of_task)) {
+    data = carve.take<E>(steps.count() * step_size());
+  }
+  static Steps steps_of(const Problem& p, PairsOf of, int64_t heads_of_task) {
+    if (of == PairsOf::call) return Steps::of_call(p, p.Hq, p.q_offsets, p.q_rows, p.Sq);
+    if (of == PairsOf::sequence) return {heads_of_task, p.Hq, Steps::of(p.Sq), false};
+    return {1, p.Hq, Steps::of(least(kBlock, p.Sq)), false};
   }
 
-  // From query i of sequence b on to the end of its block; `head` counts those that lie here.
-  Rows<E> at(const Band& band, int64_t b, int64_t head, int64_t i) const {
+  // From query i of sequence b on to the end of its block.
+  Rows<E> at(const Band& band, int64_t b, int64_t h, int64_t i) const {
     const int64_t block = of == PairsOf::tile ? i : i / kBlock * kBlock;
-    const E* const from = start_of(band, b, head, block);
+    const E* const from = start_of(band, b, h, block);
     return {from + terms<E>(i - block) * (kInTiles<E> ? 1 : width()), stride_of(band, block)};
   }
   // Queries [i0, i1), the first of which is a block's, or the tile's.
-  void pack(const Band& band, int64_t b, int64_t head, int64_t i0, int64_t i1, Source<BFloat16> from) const {
+  void pack(const Band& band, int64_t b, int64_t h, int64_t i0, int64_t i1, Source<BFloat16> from) const {
     for (int64_t i = i0; i < i1; i += kBlock, from.data += kBlock * from.row_stride) {
       const int64_t queries = least(kBlock, i1 - i), stride = stride_of(band, i);
-      E* const to = start_of(band, b, head, i);
+      E* const to = start_of(band, b, h, i);
       if (kInTiles<E>)
         load_row_pairs(to, stride, {from.data, from.lane_stride, from.row_stride}, dim, queries);
       else
@@ -52,31 +51,30 @@ struct PairedQueries {
   }
 
  private:
-  E* start_of(const Band& band, int64_t b, int64_t head, int64_t block) const {
-    const int64_t first = packed ? band.q_row / kUnit + b : 0, unit = of == PairsOf::tile ? 0 : block / kUnit;
-    return data + (head * units_of_head + first + unit) * unit_size();
+  E* start_of(const Band& band, int64_t b, int64_t h, int64_t block) const {
+    return data + steps.at(b, h, band.q_row, of == PairsOf::tile ? 0 : block) * step_size();
   }
   int64_t stride_of(const Band& band, int64_t block) const {
-    return kInTiles<E> ? terms<E>(units(least(kBlock, band.queries - block)) * kUnit) : width();
+    return kInTiles<E> ? terms<E>(Steps::of(least(kBlock, band.queries - block)) * Steps::kRows) : width();
   }
-  static int64_t units(int64_t queries) { return (queries + kUnit - 1) / kUnit; }
   int64_t width() const { return padded<float>(dim); }
-  int64_t unit_size() const { return terms<E>(kUnit) * width(); }
+  int64_t step_size() const { return terms<E>(Steps::kRows) * width(); }
 };
 
 template <int64_t kBlock>
 struct PairsOfQueries {
   PairedQueries<kBlock> q, dout;
 
-  // Whether sequences are so short that units would be much more than their queries.
+  // Whether sequences are so short that whole steps would be much more than their queries.
   static bool are_sparse(const Problem& p) {
     using Paired = PairedQueries<kBlock>;
-    return Paired::units_of_call(p) * Paired::kUnit > 2 * (p.q_offsets ? p.q_rows : p.Sq);
+    const int64_t steps = Paired::steps_of(p, PairsOf::call, p.Hq).per_head;
+    return steps * Paired::Steps::kRows > 2 * (p.q_offsets ? p.q_rows : p.Sq);
   }
 
   PairsOfQueries() = default;
-  PairsOfQueries(Carver& carve, const Problem& p, int64_t heads, PairsOf of)
-      : q(carve, p, p.D, heads, of), dout(carve, p, p.Dv, heads, of) {}
+  PairsOfQueries(Carver& carve, const Problem& p, PairsOf of, int64_t heads_of_task)
+      : q(carve, p, p.D, of, heads_of_task), dout(carve, p, p.Dv, of, heads_of_task) {}
 };
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -62,23 +62,21 @@ struct TileWeights {
   // ones.
   template <int kN, int kCount>
   HEEDFUL_FN void store_pairs(int64_t r, int64_t l, const Vec<C> (&x)[kCount], const Vec<C> (&y)[kCount]) const {
+    constexpr int kRows = kCount / kN;
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      const int row = i / kN, second = i + kN;
-      const int64_t at = l + i % kN * n;
-      BFloat16* const of_row = reinterpret_cast<BFloat16*>(grad_rows + (r + row) * grad_stride);
-      if (row % 2) continue;
-      E* const pairs = weights + (r + row) / 2 * lanes + at;
-      E* const grad_pairs = grads + (r + row) / 2 * lanes + at;
-      if (second < kCount) {
-        store(pairs, join(x[i], x[second]));
-        store(grad_pairs, join(y[i], y[second]));
-        store_rounded(of_row + at + 2 * grad_stride, y[second]);
-      } else {
-        store(pairs, join(x[i], Vec<C>{}));
-        store(grad_pairs, join(y[i], Vec<C>{}));
+    for (int row = 0; row < kRows; row += 2) {
+      E* const pairs = weights + (r + row) / 2 * lanes + l;
+      E* const grad_pairs = grads + (r + row) / 2 * lanes + l;
+      BFloat16* const of_row = reinterpret_cast<BFloat16*>(grad_rows + (r + row) * grad_stride) + l;
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; ++v) {
+        const int first = row * kN + v, second = row + 1 < kRows ? first + kN : first;
+        const bool alone = second == first;
+        store(pairs + v * n, join(x[first], alone ? Vec<C>{} : x[second]));
+        store(grad_pairs + v * n, join(y[first], alone ? Vec<C>{} : y[second]));
+        store_rounded(of_row + v * n, y[first]);
+        if (!alone) store_rounded(of_row + 2 * grad_stride + v * n, y[second]);
       }
-      store_rounded(of_row + at, y[i]);
     }
   }
   // Likewise, a part's numbers.
