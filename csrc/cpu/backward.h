@@ -38,8 +38,13 @@ struct Backward : BackwardTasks {
     return keeps_busy(p, task_heads(p)) && int64_t(sizeof(C)) * dq_size(p) <= kMostBytes;
   }
 
-  // Whether the first group adds dQ up in the output itself; the parts that lie elsewhere.
+  // Whether dK and dV are added up in the output itself, and dQ of the first group.
+  static bool keys_in_place(const Problem& p) {
+    return dq_in_place(p) && !splits_heads(p) && p.similarity == Similarity::dot && p.Dv % n == 0 &&
+           lie_close_as_operand<E, S>(p.dk, p.D) && lie_close_as_operand<E, S>(p.dv, p.Dv);
+  }
   static bool dq_in_place(const Problem& p) { return sizeof(S) == sizeof(C) && p.D % n == 0 && embedded_dim(p) == p.D; }
+  // Parts of dQ that lie elsewhere.
   static int64_t dq_parts(const Problem& p) { return task_groups(p) - dq_in_place(p); }
   static int64_t dq_size(const Problem& p) {
     return dq_parts(p) * heads_per_task(p) * p.Sq * padded<C>(embedded_dim(p));
@@ -118,6 +123,7 @@ struct Backward : BackwardTasks {
     double sink_sum = 0;
     for (int64_t i = t.i0; i < t.i1; ++i) {
       const RowState<C> state = w.rows[row + i] = row_state<S>(p, band, t.h, i, lse[i], unit);
+      if (Tiles::scales_ds(p)) w.rows[row + i].delta *= C(p.scale);
       if (p.sinks.gradient && lse[i] != -kInfinity<C>) {
         const C below = most<C>(lse[i] - sink, 0);
         sink_sum += sink_gradient(exp2<C>(broadcast<C>(-below), broadcast<C>(C(kLog2e)))[0], state.delta);
@@ -196,7 +202,7 @@ struct Backward : BackwardTasks {
     return row_of<T>(view, band.batch, heads.hk, band.k_row + j);
   }
 
-  static QueryGradients<C> dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
+  static GradientRows<C> dq_rows(const Problem& p, const Workspace& w, const Band& band, int64_t group, int64_t h) {
     const int64_t stride = padded<C>(embedded_dim(p)), heads = heads_per_task(p), part = group - dq_in_place(p);
     if (part < 0) return {row_of<C>(p.dq, band.batch, h, band.q_row), p.dq.stride[2], stride};
     const int64_t row = w.joins ? (part * heads + h % heads) * p.Sq : part * query_count(p) + query_index(p, band, h);
@@ -247,7 +253,8 @@ struct Backward : BackwardTasks {
                   end = keys > 0 ? least(sum_step_up<E>(band.end_query(j1 - 1)), band.queries) : 0;
     const bool splits = splits_heads(p), starts = starts_dq(j0);
     const Tiles tiles{p, band, s.tile, w.pairs, heads.hk};
-    KeyGradients<C> total = splits ? of_head(heads.first, j0) : s.sum;
+    const bool in_place = keys_in_place(p);
+    const KeyGradients<C> total = splits ? of_head(heads.first, j0) : in_place ? in_output(j0) : s.sum;
     // A tile's sum is added to what is there: a head of one tile may add it to the others' at once, with the same bits,
     // unless it is turned. What is turned is turned back when its head is done; of a head alone, when it is stored.
     const bool one = heads.end - heads.first == 1, apart = !one && (kTurned || tile_end(first) < end);
@@ -256,7 +263,7 @@ struct Backward : BackwardTasks {
     bool packed = false, summed = false;
     for (int64_t h = heads.first; h < heads.end; ++h) {
       const bool other = apart && h > heads.first;
-      KeyGradients<C> sum = other ? s.other : total;
+      const KeyGradients<C> sum = other ? s.other : total;
       if (other) sum.clear(rows);
       const typename Tiles::Head head = head_of(h);
       if (starts) head.dq.clear(0, first), head.dq.clear(end, band.q_rows);
@@ -276,13 +283,13 @@ struct Backward : BackwardTasks {
         summed = true;
       }
       if (kTurned && summed && !turns_last) {
-        store_transposed(sum.dk, sum.dk_stride, s.tile.dk_turned, s.tile.lanes, p.D, keys);
-        store_transposed(sum.dv, sum.dv_stride, s.tile.dv_turned, s.tile.lanes, p.Dv, keys);
+        store_transposed(sum.dk.data, sum.dk.stride, s.tile.dk_turned, s.tile.lanes, p.D, keys);
+        store_transposed(sum.dv.data, sum.dv.stride, s.tile.dv_turned, s.tile.lanes, p.Dv, keys);
       }
       if (other) total.add(sum, rows);
     }
     if (turns_last) return finish_turned(j0, summed ? j1 : j0, block_end);
-    if (!splits) finish_keys(total, j0, block_end);
+    if (!splits && !in_place) finish_keys(total, j0, block_end);
   }
 
   typename Tiles::Head head_of(int64_t h) const {
@@ -293,24 +300,29 @@ struct Backward : BackwardTasks {
     return w.of_heads.from_row((band.batch * p.Hq + h) * p.k_rows + band.k_row + j0);
   }
 
-  C scale_of_dk() const { return scales_first(p) && !kBFloat16x2 ? C(1) : C(p.scale); }
+  KeyGradients<C> in_output(int64_t j0) const {
+    if constexpr (sizeof(S) != sizeof(C)) return s.sum;  // not asked for
+    return {{reinterpret_cast<C*>(key_row<S>(p.dk, j0)), p.dk.stride[2], p.D},
+            {reinterpret_cast<C*>(key_row<S>(p.dv, j0)), p.dv.stride[2], p.Dv}};
+  }
   // Keys from j1 on have no gradients.
   void finish_turned(int64_t j0, int64_t j1, int64_t block_end) const {
-    store_transposed(key_row<S>(p.dk, j0), p.dk.stride[2], s.tile.dk_turned, s.tile.lanes, p.D, j1 - j0, scale_of_dk());
+    store_transposed(key_row<S>(p.dk, j0), p.dk.stride[2], s.tile.dk_turned, s.tile.lanes, p.D, j1 - j0,
+                     Tiles::scale_when_stored(p));
     store_transposed(key_row<S>(p.dv, j0), p.dv.stride[2], s.tile.dv_turned, s.tile.lanes, p.Dv, j1 - j0);
     if (j1 >= block_end) return;
-    KeyGradients<C> none = s.sum;
-    none.clear(block_end - j1);
-    finish_keys(none, j1, block_end);
+    s.sum.clear(block_end - j1);
+    finish_keys(s.sum, j1, block_end);
   }
   void finish_keys(const KeyGradients<C>& sum, int64_t j0, int64_t block_end) const {
     if (p.similarity != Similarity::dot)
       for (int64_t j = j0; j < least(block_end, band.keys); ++j) {
         load_tile<C>(s.row, padded<C>(p.D), Source<S>{key_row(p.k, j), 0, p.k.stride[3]}, 1, p.D, padded<C>(p.D), C(1));
-        pull_back(p, Role::key, sum.dk + (j - j0) * sum.dk_stride, s.row);
+        pull_back(p, Role::key, sum.dk.row(j - j0), s.row);
       }
-    store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], sum.dk, sum.dk_stride, block_end - j0, p.D, scale_of_dk());
-    store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], sum.dv, sum.dv_stride, block_end - j0, p.Dv, C(1));
+    store_rows<C>(key_row<S>(p.dk, j0), p.dk.stride[2], sum.dk.data, sum.dk.stride, block_end - j0, p.D,
+                  Tiles::scale_when_stored(p));
+    store_rows<C>(key_row<S>(p.dv, j0), p.dv.stride[2], sum.dv.data, sum.dv.stride, block_end - j0, p.Dv, C(1));
   }
 
   // ---- phase 3 ------------------------------------------------------------------------------------------------------
@@ -326,23 +338,16 @@ struct Backward : BackwardTasks {
     const Band band = band_of_row_task(p, task);
     const RowTask t = row_task(p, band, task);
     const int64_t parts = groups(p, band);
-    const QueryGradients<C> sum = dq_rows(p, w, band, 0, t.h);
-    for (int64_t part = 1; part < parts; ++part) {
-      const QueryGradients<C> more = dq_rows(p, w, band, part, t.h);
-      for (int64_t i = t.i0; i < t.i1; ++i)
-        for (int64_t d = 0; d < padded<C>(embedded_dim(p)); d += n) {
-          C* to = sum.data + i * sum.stride + d;
-          store(to, load(to) + load(more.data + i * more.stride + d));
-        }
-    }
+    const GradientRows<C> sum = dq_rows(p, w, band, 0, t.h);
+    for (int64_t part = 1; part < parts; ++part) sum.add(dq_rows(p, w, band, part, t.h), t.i0, t.i1);
     if (Tiles::defers_scale(p)) {
       double scale_sum = 0;
-      for (int64_t i = t.i0; i < t.i1; ++i) scale_sum += take_back(p, band, s, t.b, t.h, i, sum.data + i * sum.stride);
+      for (int64_t i = t.i0; i < t.i1; ++i) scale_sum += take_back(p, band, s, t.b, t.h, i, sum.row(i));
       if (w.row_sums) w.row_sums[task].scale = scale_sum;
     }
     if (!dq_in_place(p) && t.i0 < t.i1)
-      store_rows<C>(row_of<S>(p.dq, band.batch, t.h, band.q_row + t.i0), p.dq.stride[2], sum.data + t.i0 * sum.stride,
-                    sum.stride, t.i1 - t.i0, p.D, Tiles::scales_k(p) || Tiles::defers_scale(p) ? C(1) : C(p.scale));
+      store_rows<C>(row_of<S>(p.dq, band.batch, t.h, band.q_row + t.i0), p.dq.stride[2], sum.row(t.i0), sum.stride,
+                    t.i1 - t.i0, p.D, Tiles::scale_when_stored(p));
   }
 
   // The gradient g of an embedded, unscaled query becomes that of the query; returns what the row adds to d(scale):
@@ -354,9 +359,9 @@ struct Backward : BackwardTasks {
     if (idle) return 0;  // a query that takes part in nothing may be NaN
     const Source<S> q{row_of<const S>(p.q, band.batch, h, band.q_row + i), 0, p.q.stride[3]};
     load_tile<C>(s.row, padded<C>(p.D), q, 1, p.D, padded<C>(p.D), C(1));
-    load_tile<C>(s.sum.dk, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));  // the memory of phase 2
-    embed_rows(p, Role::query, s.sum.dk, padded<C>(dim), 1, C(1));
-    const C scale_gradient = inner_product(s.sum.dk, g, dim), scale = scale_of<C>(p, b, h);
+    load_tile<C>(s.sum.dk.data, padded<C>(dim), q, 1, p.D, padded<C>(dim), C(1));  // the memory of phase 2
+    embed_rows(p, Role::query, s.sum.dk.data, padded<C>(dim), 1, C(1));
+    const C scale_gradient = inner_product(s.sum.dk.data, g, dim), scale = scale_of<C>(p, b, h);
     pull_back(p, Role::query, g, s.row);
     for (int64_t d = 0; d < p.D; ++d) g[d] *= scale;
     return scale_gradient;
@@ -376,7 +381,7 @@ struct Backward : BackwardTasks {
     carve(p, static_cast<char*>(p.workspace), &w);
     carve(p, static_cast<char*>(scratch), &s);
     const Backward of{{}, p, band, w, s, b, {hk, hk * heads, (hk + 1) * heads}, 0};
-    KeyGradients<C> sum = of.of_head(of.heads.first, j0);
+    const KeyGradients<C> sum = of.of_head(of.heads.first, j0);
     for (int64_t h = of.heads.first + 1; h < of.heads.end; ++h) sum.add(of.of_head(h, j0), end - j0);
     of.finish_keys(sum, j0, end);
   }

@@ -5,7 +5,7 @@
 #include "ahead.h"
 #include "bias_gradients.h"
 #include "embedding.h"
-#include "key_gradients.h"
+#include "gradient_rows.h"
 #include "microkernel.h"
 #include "paired_queries.h"
 #include "row_state.h"
@@ -14,18 +14,6 @@
 #include "tile_weights.h"
 
 namespace heedful::HEEDFUL_TARGET {
-
-// dQ of a head while it is added up.
-template <class C>
-struct QueryGradients {
-  C* data;
-  int64_t stride, width;
-
-  void clear(int64_t i0, int64_t i1) const {
-    for (int64_t i = i0; i < i1; ++i)
-      for (int64_t d = 0; d < width; d += kLanes<C>) store(data + i * stride + d, Vec<C>{});
-  }
-};
 
 template <class S, class E>
 struct BackwardTile {
@@ -39,8 +27,11 @@ struct BackwardTile {
   // Whether dQ comes out unscaled and embedded, to be taken back later: scales differ between the heads that share a
   // key, and their gradient needs dQ as it was before them.
   static bool defers_scale(const Problem& p) { return p.scales.data || p.similarity != Similarity::dot; }
-  // Whether K has the scale of dQ. Pairs would round it; dQ gets it when it is stored.
-  static bool scales_k(const Problem& p) { return !kBFloat16x2 && !defers_scale(p); }
+  // Whether dS has the scale, for which V^T and delta get it. Else q has it, for dK, and K, for dQ, unless that is
+  // deferred. Pairs would round it: their dK and dQ get it when they are stored.
+  static bool scales_ds(const Problem& p) { return !kBFloat16x2 && !scales_first(p); }
+  static bool scales_k(const Problem& p) { return !kBFloat16x2 && scales_first(p) && !defers_scale(p); }
+  static C scale_when_stored(const Problem& p) { return kBFloat16x2 ? C(p.scale) : C(1); }
   static bool wants_distances(const Problem& p) { return p.slopes.gradient || p.table.gradient; }
 
   // Of q and dout: whether rows to multiply are read where they lie.
@@ -49,6 +40,9 @@ struct BackwardTile {
     return sizeof(S) == sizeof(E) && lie_in_vectors<C>(view, dim);
   }
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && (kBFloat16x2 || !scales_first(p)); }
+  static bool k_in_place(const Problem& p) {
+    return scales_ds(p) && lie_in_vectors<C>(p.k, p.D) && lie_close_as_operand<E, S>(p.k, p.D);
+  }
   // Queries of a panel whose numbers are made at a time: all where diagonals are added up, of which each part has its
   // own; more for large heads, whose keys come anew for each part.
   static int64_t part_queries(const Problem& p) {
@@ -65,9 +59,9 @@ struct BackwardTile {
   using Pairs = std::conditional_t<kBFloat16x2, PairsOfQueries<kQueries>, NoPairs>;
 
   struct Scratch {
-    int64_t lanes;   // kKeys, or the keys there are
-    E *kt, *vt, *k;  // K^T and V^T, [D][lanes] in panels; K, numbers scaled unless deferred, [lanes][D]
-    E *q, *dout;     // [kQueries][D]; null where they are read where they lie
+    int64_t lanes;    // kKeys, or the keys there are
+    E *kt, *vt;       // K^T and V^T, [D][lanes] in panels
+    E *k, *q, *dout;  // [lanes][D], [kQueries][D]; null where they are read where they lie
     TileWeights<E> weights;
     C *dk_turned, *dv_turned;  // [D][lanes], of a head
     ScoreParts<C> parts;       // [kQueries][panel]
@@ -77,7 +71,7 @@ struct BackwardTile {
       const int64_t panel = kVectors * n, queries = least(kQueries, p.Sq), dim = embedded_dim(p);
       kt = carve.take<E>(terms<E>(dim) * lanes);
       vt = carve.take<E>(terms<E>(p.Dv) * lanes);
-      k = carve.take<E>(terms<E>(lanes) * padded<C>(dim));
+      k = k_in_place(p) ? nullptr : carve.take<E>(terms<E>(lanes) * padded<C>(dim));
       q = q_in_place(p) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(dim)));
       dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
       weights = TileWeights<E>(carve, queries, lanes, least(part_queries(p), queries), panel);
@@ -90,7 +84,7 @@ struct BackwardTile {
   // A query head, and where its sums go.
   struct Head {
     const RowState<C>* rows;  // of its queries
-    QueryGradients<C> dq;
+    GradientRows<C> dq;
     double* distances;  // null where unwanted
   };
   // Whether absent pairs are left out one by one; whether the keys have sums of the head's tiles to add to, and the
@@ -115,11 +109,19 @@ struct BackwardTile {
       E *kt = s.kt + l * terms<E>(dim), *vt = s.vt + l * terms<E>(p.Dv);
       load_operand(kt, width, Source<S>{k + l * p.k.stride[2], p.k.stride[3], p.k.stride[2]}, p.D, present, width);
       embed_lanes(p, Role::key, kt, width, C(1));
-      load_operand(vt, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present, width);
+      load_operand(vt, width, Source<S>{v + l * p.v.stride[2], p.v.stride[3], p.v.stride[2]}, p.Dv, present, width,
+                   scales_ds(p) ? C(p.scale) : C(1));
     });
+    if (!s.k) return;
     load_operand(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
                  scales_k(p) ? C(p.scale) : C(1));
     embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
+  }
+
+  // Those from j0 on, which were packed.
+  Rows<E> key_rows(int64_t j0) const {
+    if (s.k) return {s.k, padded<C>(embedded_dim(p))};
+    return in_memory<E>(Source<S>{row_of<const S>(p.k, band.batch, hk, band.k_row + j0), p.k.stride[2], 1});
   }
 
   // A tile's queries and what arrives at them: to be added up, and as rows to multiply.
@@ -175,32 +177,35 @@ struct BackwardTile {
   // depend on the way.
   template <Onto onto>
   void add_to_queries(const Head& head, const Tile& t, const Way& way) const {
-    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0, d = padded<C>(embedded_dim(p)), stride = head.dq.stride;
-    C* const dq = head.dq.data + t.i0 * stride;
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
+    const GradientRows<C> dq = head.dq.from_row(t.i0);
     const Operand<E, Unit::k> grads{s.weights.grad_rows, s.weights.grad_stride};
-    if (!way.careful) return multiply<onto>(grads, 0, queries, s.k, d, dq, stride, d, dq, KeysSeen{band, t});
-    if (onto == Onto::nothing) head.dq.clear(t.i0, t.i1);
+    const Rows<E> k = key_rows(t.j0);
+    if (!way.careful)
+      return multiply<onto>(grads, 0, queries, k.data, k.stride, dq.data, dq.stride, dq.width, dq.data,
+                            KeysSeen{band, t});
+    if (onto == Onto::nothing) dq.clear(0, queries);
     for (int64_t i = 0; i < queries; ++i)
-      add_row_carefully(dq + i * stride, d, grads, i, keys, {s.k, d},
+      add_row_carefully(dq.row(i), dq.width, grads, i, keys, k,
                         [&](int64_t j) { return j < keys && !s.weights.is_absent(i, j); });
   }
 
   Operand<E, Unit::row> along_queries(const E* weights) const { return {weights, s.lanes}; }
 
   void add_to_keys(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
-    const QueriesThatSee<false> seers{band, t};
-    const int64_t keys = t.j1 - t.j0, dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
-    multiply<Onto::c>(along_queries(s.weights.weights), 0, keys, rows.dout.data, rows.dout.stride, sum.dv, dv, dv,
-                      sum.dv, seers);
-    multiply<Onto::c>(along_queries(s.weights.grads), 0, keys, rows.q.data, rows.q.stride, sum.dk, dk, dk, sum.dk,
-                      seers);
+    const auto add = [&](const GradientRows<C>& to, const E* weights, Rows<E> right) {
+      multiply<Onto::c>(along_queries(weights), 0, t.j1 - t.j0, right.data, right.stride, to.data, to.stride, to.width,
+                        to.data, QueriesThatSee<false>{band, t});
+    };
+    add(sum.dv, s.weights.weights, rows.dout);
+    add(sum.dk, s.weights.grads, rows.q);
   }
   void add_to_keys_carefully(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
-    const int64_t queries = t.i1 - t.i0, dk = padded<C>(embedded_dim(p)), dv = padded<C>(p.Dv);
+    const int64_t queries = t.i1 - t.i0;
     for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
       const auto seen = [&](int64_t i) { return i < queries && !s.weights.is_absent(i, j); };
-      add_row_carefully(sum.dv + j * dv, dv, along_queries(s.weights.weights), j, queries, rows.dout, seen);
-      add_row_carefully(sum.dk + j * dk, dk, along_queries(s.weights.grads), j, queries, rows.q, seen);
+      add_row_carefully(sum.dv.row(j), sum.dv.width, along_queries(s.weights.weights), j, queries, rows.dout, seen);
+      add_row_carefully(sum.dk.row(j), sum.dk.width, along_queries(s.weights.grads), j, queries, rows.q, seen);
     }
   }
 
