@@ -116,6 +116,9 @@ def instructions(listing: str) -> Iterator[tuple[str, str, str]]:
             yield function, kind, text
 
 
+disassembles = pytest.mark.xdist_group("disassembly")  # once, by one process
+
+
 @cache
 def kinds_by_function() -> dict[str, dict[str, str]]:
     """For each function of the library, an example of each encoding in it."""
@@ -147,23 +150,27 @@ def offenders(isas: tuple[str | None, ...], forbidden: tuple[str, ...]) -> list[
     return [f"{f[:200]}: {kinds[kind]}" for f, kinds in found.items() for kind in forbidden if kind in kinds]
 
 
+@disassembles
 def test_baseline_code_runs_anywhere() -> None:
     """Neither the baseline kernels nor anything that all share holds an instruction that an old machine lacks."""
     assert not offenders(("baseline",), ("amx", "avx512", "avx", "ssse3"))
     assert not offenders((None,), ("amx", "avx512", "avx", "ssse3"))
 
 
+@disassembles
 @pytest.mark.skipif("avx2" not in heedful._info.build_info()["isas"], reason="the library has no AVX2 kernels")
 def test_avx2_code_has_no_avx512() -> None:
     assert not offenders(("avx2",), ("amx", "avx512"))
 
 
+@disassembles
 @pytest.mark.skipif("avx512" not in heedful._info.build_info()["isas"], reason="the library has no AVX-512 kernels")
 def test_avx512_code_has_no_tile_registers() -> None:
     assert not offenders(("avx512",), ("amx",))
     assert not offenders(("avx512_bf16",), ("amx",))
 
 
+@disassembles
 def test_each_instruction_set_is_used() -> None:
     """What is compiled for an instruction set uses it, so that the tests above look at what they mean."""
     built = heedful._info.build_info()["isas"]

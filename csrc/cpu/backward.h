@@ -259,16 +259,14 @@ struct Backward : BackwardTasks {
     // unless it is turned. What is turned is turned back when its head is done; of a head alone, when it is stored.
     const bool one = heads.end - heads.first == 1, apart = !one && (kTurned || tile_end(first) < end);
     const bool turns_last = kTurned && !splits && one;
-    if (!turns_last) total.clear(rows);
-    bool packed = false, summed = false;
+    bool packed = false, any = false;
     for (int64_t h = heads.first; h < heads.end; ++h) {
-      const bool other = apart && h > heads.first;
-      const KeyGradients<C> sum = other ? s.other : total;
-      if (other) sum.clear(rows);
+      const bool other = apart && any;
+      const KeyGradients<C>& sum = other ? s.other : total;
       const typename Tiles::Head head = head_of(h);
       if (starts) head.dq.clear(0, first), head.dq.clear(end, band.q_rows);
       skip_bias<C>(p, {b, h, 0, first, j0, j1}), skip_bias<C>(p, {b, h, end, p.Sq, j0, j1});
-      summed = false;
+      bool summed = false;
       for (int64_t i0 = first, next; i0 < end; i0 = next) {
         next = tile_end(i0);
         Tile tile{b, h, i0, least(next, end), j0, j1};
@@ -279,16 +277,19 @@ struct Backward : BackwardTasks {
         }
         if (!packed) tiles.pack_keys(j0, keys);
         packed = true;
-        tiles.run(head, tile, sum, {careful, summed, !starts});
+        tiles.run(head, tile, sum, {careful, summed || (any && !apart), !starts});
         summed = true;
       }
-      if (kTurned && summed && !turns_last) {
+      if (!summed) continue;
+      if (kTurned && !turns_last) {
         store_transposed(sum.dk.data, sum.dk.stride, s.tile.dk_turned, s.tile.lanes, p.D, keys);
         store_transposed(sum.dv.data, sum.dv.stride, s.tile.dv_turned, s.tile.lanes, p.Dv, keys);
       }
-      if (other) total.add(sum, rows);
+      if (other) total.add(sum, keys);
+      any = true;
     }
-    if (turns_last) return finish_turned(j0, summed ? j1 : j0, block_end);
+    if (turns_last) return finish_turned(j0, any ? j1 : j0, block_end);
+    total.clear(any ? keys : 0, rows);
     if (!splits && !in_place) finish_keys(total, j0, block_end);
   }
 
@@ -311,7 +312,7 @@ struct Backward : BackwardTasks {
                      Tiles::scale_when_stored(p));
     store_transposed(key_row<S>(p.dv, j0), p.dv.stride[2], s.tile.dv_turned, s.tile.lanes, p.Dv, j1 - j0);
     if (j1 >= block_end) return;
-    s.sum.clear(block_end - j1);
+    s.sum.clear(0, block_end - j1);
     finish_keys(s.sum, j1, block_end);
   }
   void finish_keys(const KeyGradients<C>& sum, int64_t j0, int64_t block_end) const {

@@ -87,8 +87,8 @@ struct BackwardTile {
     GradientRows<C> dq;
     double* distances;  // null where unwanted
   };
-  // Whether absent pairs are left out one by one; whether the keys have sums of the head's tiles to add to, and the
-  // queries of other keys.
+  // Whether absent pairs are left out one by one; whether the keys have sums of other tiles to add to, and the queries
+  // of other keys.
   struct Way {
     bool careful, adds_to_keys, adds_to_queries;
   };
@@ -163,10 +163,7 @@ struct BackwardTile {
     for_each_panel<C>(padded<C>(keys),
                       [&](int64_t l, auto vectors) { score_panel<vectors.value>(head, t, rows, l, way.careful); });
     if (kBFloat16x2 && keys % 2) s.weights.clear_key(keys, queries);
-    if constexpr (kTurned)
-      way.adds_to_keys ? add_turned<Onto::c>(t, rows, way) : add_turned<Onto::nothing>(t, rows, way);
-    else
-      way.careful ? add_to_keys_carefully(t, rows, sum) : add_to_keys(t, rows, sum);
+    way.adds_to_keys ? add_to_keys<Onto::c>(t, rows, sum, way) : add_to_keys<Onto::nothing>(t, rows, sum, way);
     way.adds_to_queries ? add_to_queries<Onto::c>(head, t, way) : add_to_queries<Onto::nothing>(head, t, way);
   }
 
@@ -192,17 +189,27 @@ struct BackwardTile {
 
   Operand<E, Unit::row> along_queries(const E* weights) const { return {weights, s.lanes}; }
 
-  void add_to_keys(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
+  template <Onto onto>
+  void add_to_keys(const Tile& t, const Queries& rows, const KeyGradients<C>& sum, const Way& way) const {
+    if constexpr (kTurned)
+      add_turned<onto>(t, rows, way);
+    else
+      way.careful ? add_rows_carefully<onto>(t, rows, sum) : add_rows<onto>(t, rows, sum);
+  }
+  template <Onto onto>
+  void add_rows(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
     const auto add = [&](const GradientRows<C>& to, const E* weights, Rows<E> right) {
-      multiply<Onto::c>(along_queries(weights), 0, t.j1 - t.j0, right.data, right.stride, to.data, to.stride, to.width,
-                        to.data, QueriesThatSee<false>{band, t});
+      multiply<onto>(along_queries(weights), 0, t.j1 - t.j0, right.data, right.stride, to.data, to.stride, to.width,
+                     to.data, QueriesThatSee<false>{band, t});
     };
     add(sum.dv, s.weights.weights, rows.dout);
     add(sum.dk, s.weights.grads, rows.q);
   }
-  void add_to_keys_carefully(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
-    const int64_t queries = t.i1 - t.i0;
-    for (int64_t j = 0; j < t.j1 - t.j0; ++j) {
+  template <Onto onto>
+  void add_rows_carefully(const Tile& t, const Queries& rows, const KeyGradients<C>& sum) const {
+    const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
+    if (onto == Onto::nothing) sum.clear(0, keys);
+    for (int64_t j = 0; j < keys; ++j) {
       const auto seen = [&](int64_t i) { return i < queries && !s.weights.is_absent(i, j); };
       add_row_carefully(sum.dv.row(j), sum.dv.width, along_queries(s.weights.weights), j, queries, rows.dout, seen);
       add_row_carefully(sum.dk.row(j), sum.dk.width, along_queries(s.weights.grads), j, queries, rows.q, seen);

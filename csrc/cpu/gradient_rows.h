@@ -35,7 +35,7 @@ struct KeyGradients {
     return {dk, GradientRows<C>::take(carve, rows, p.Dv)};
   }
   KeyGradients from_row(int64_t r) const { return {dk.from_row(r), dv.from_row(r)}; }
-  void clear(int64_t rows) const { dk.clear(0, rows), dv.clear(0, rows); }
+  void clear(int64_t r0, int64_t r1) const { dk.clear(r0, r1), dv.clear(r0, r1); }
   void add(const KeyGradients& more, int64_t rows) const { dk.add(more.dk, 0, rows), dv.add(more.dv, 0, rows); }
 };
 
