@@ -42,6 +42,7 @@ struct Forward {
   struct Scratch {
     E *q, *k, *v, *weights;  // weights: the probabilities, in the scores' place where they are numbers
     C *out, *maximum, *sum, *scores;
+    bool* has_out;  // at a panel's first lane, whether it has had keys
     Int<C>* best;
     ScoreParts<C> parts;
   };
@@ -53,6 +54,7 @@ struct Forward {
     s->out = carve.take<C>(p.Dv * lanes);
     s->maximum = carve.take<C>(lanes);
     s->sum = carve.take<C>(lanes);
+    s->has_out = carve.take<bool>(lanes);
     s->scores = carve.take<C>(keys * panel);
     if constexpr (kBFloat16x2) {
       s->weights = carve.take<E>(terms<E>(keys) * panel);
@@ -267,12 +269,23 @@ struct Forward {
 
   void attend(bool careful) const {
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
-    for (int64_t l = 0; l < lanes() * p.Dv; ++l) s.out[l] = 0;
     for (int64_t l = 0; l < lanes(); ++l) {
       s.maximum[l] = sink;
       s.sum[l] = sink == -kInfinity<C> ? C(0) : C(1);
+      s.has_out[l] = false;
       if (s.best) s.best[l] = kNoKey;
     }
+    attend_blocks(careful);
+    if (!s.best) for_each_panel<C>(lanes(), [&](int64_t l, auto vectors) { clear_out<vectors.value>(l); });
+  }
+  // O of a panel that has had no keys.
+  template <int kN>
+  HEEDFUL_FN void clear_out(int64_t l) const {
+    if (s.has_out[l]) return;
+    for (int64_t x = l * p.Dv; x < (l + kN * n) * p.Dv; x += n) store(s.out + x, Vec<C>{});
+    s.has_out[l] = true;
+  }
+  void attend_blocks(bool careful) const {
     const int64_t last = least(i1, band.queries) - 1;
     if (last < i0 || band.first_key(i0) >= band.end_key(last)) return;
     const int64_t first_key = first_key_of(i0), end_key = end_key_of(last);
@@ -342,14 +355,22 @@ struct Forward {
     online_softmax<kN, E>(s.scores, joined, spans, to_log2, top, s.maximum + l, s.sum + l, rescale, careful);
     if (s.parts.keep) drop_weights<kN>(tile);
     if constexpr (kInTiles<E>) clear_unseen(spans, keys);
-    C* out = s.out + l * p.Dv;
+    C* const out = s.out + l * p.Dv;
+    const bool same = kN == 1 || kInTiles<E> || spans.same();
+    if (careful || !same) clear_out<kN>(l);
     if (careful) return add_values_carefully<kN>(spans, v, out, rescale);
+    const Operand<E, kValueUnit> values{v.data, v.stride};
     if constexpr (kN > 1 && !kInTiles<E>)
-      if (!spans.same())
-        return multiply_spans_meanwhile<kN, Onto::scaled_c, E, Unit::row>({v.data, v.stride}, 0, p.Dv, s.weights, width,
-                                                                          out, width, rescale, spans, next.k, next.v);
-    multiply_meanwhile<Onto::scaled_c, E, kValueUnit>({v.data, v.stride}, 0, p.Dv, s.weights, width, out, width, width,
-                                                      rescale, keys, next.k, next.v);
+      if (!same)
+        return multiply_spans_meanwhile<kN, Onto::scaled_c>(values, 0, p.Dv, s.weights, width, out, width, rescale,
+                                                            spans, next.k, next.v);
+    const auto add_values = [&](auto onto) {
+      multiply_meanwhile<onto.value>(values, 0, p.Dv, s.weights, width, out, width, width, rescale, keys, next.k,
+                                     next.v);
+    };
+    if (s.has_out[l]) return add_values(std::integral_constant<Onto, Onto::scaled_c>{});
+    add_values(std::integral_constant<Onto, Onto::nothing>{});
+    s.has_out[l] = true;
   }
 
   // f(part of the tile, its first key's place in the tile, the place after its last one), as many keys at a time as
