@@ -207,14 +207,14 @@ struct Decode {
 
   void attend(bool careful) const {
     const int64_t dim = padded<C>(p.Dv);
-    for (int64_t x = 0; x < rows() * dim; ++x) part.out[x] = 0;
     for (int64_t r = 0; r < padded<C>(rows()); ++r) {
       part.maximum[r] = -kInfinity<C>;
       part.sum[r] = 0;
     }
-    if (band.queries == 0) return;
-    const int64_t first = most(band.first_key(0), chunk * kChunk);
-    const int64_t end = least(band.end_key(band.queries - 1), (chunk + 1) * kChunk);
+    const int64_t first = band.queries > 0 ? most(band.first_key(0), chunk * kChunk) : 0;
+    const int64_t end = band.queries > 0 ? least(band.end_key(band.queries - 1), (chunk + 1) * kChunk) : 0;
+    bool writes = in_lanes && !careful && first < end;  // the first block O, to which others add
+    for (int64_t x = 0; x < rows() * dim && !writes; ++x) part.out[x] = 0;
     if (first >= end) return;
     load_queries();
     if (in_lanes) turn_queries();
@@ -222,11 +222,12 @@ struct Decode {
     for (int64_t j0 = first / kKeys * kKeys; j0 < end; j0 += step) {
       const int64_t j1 = least(j0 + step, end);
       if (in_lanes)
-        attend_block_in_lanes(j0, j1, careful);
+        attend_block_in_lanes(j0, j1, writes, careful);
       else if (in_spans)
         attend_span(j0, j1, careful);
       else
         attend_block(j0, j1, careful);
+      writes = false;
     }
   }
 
@@ -312,9 +313,9 @@ struct Decode {
     add_values(weights, Rows<E>{s.v, dim}, keys, next, careful);
   }
 
-  void attend_block_in_lanes(int64_t j0, int64_t j1, bool careful) const {
+  void attend_block_in_lanes(int64_t j0, int64_t j1, bool writes, bool careful) const {
     const int64_t keys = j1 - j0, dim = padded<C>(p.Dv);
-    score_lanes(j0, j1, careful);
+    score_lanes(j0, j1, writes, careful);
     const Source<S> v = source(p.v, j0);
     if (s.v) load_operand<E>(s.v, dim, v, keys, p.Dv, dim);
     const Rows<E> values = s.v ? Rows<E>{s.v, dim} : in_memory<E>(v);
@@ -324,19 +325,21 @@ struct Decode {
       C* out = part.out + r * dim;
       const RowsAhead next = r ? RowsAhead{} : block_ahead(p.k, p.D, j1);
       if (careful) return add_values_carefully(values, keys, Operand<E, Unit::row>{weights, width}, out, count);
+      Operand<E, kInTiles<E> ? Unit::k : Unit::row> left{weights, width};
       if constexpr (kInTiles<E>) {
         turn_rows(s.weight_rows, kWeights, {weights, width}, width, terms<E>(keys));
-        multiply_meanwhile<Onto::c, E, Unit::k>({s.weight_rows, kWeights}, 0, count, values.data, values.stride, out,
-                                                dim, dim, out, keys, next);
-      } else {
-        multiply_meanwhile<Onto::c, E, Unit::row>({weights, width}, 0, count, values.data, values.stride, out, dim, dim,
-                                                  out, keys, next);
+        left = {s.weight_rows, kWeights};
       }
+      const auto add_values = [&](auto onto) {
+        multiply_meanwhile<onto.value>(left, 0, count, values.data, values.stride, out, dim, dim, out, keys, next);
+      };
+      writes ? add_values(std::integral_constant<Onto, Onto::nothing>{})
+             : add_values(std::integral_constant<Onto, Onto::c>{});
     });
   }
 
   // Probabilities of the keys [j0, j1), in panels of [key][row]; meanwhile the keys' values come.
-  HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool careful) const {
+  HEEDFUL_CALLED void score_lanes(int64_t j0, int64_t j1, bool first, bool careful) const {
     const int64_t keys = j1 - j0;
     const Source<S> from = source(p.k, j0);
     const bool lie = lie_as_operand<E, S>(p.k, p.D);
@@ -359,7 +362,7 @@ struct Decode {
         find_tops<kN, C>(scores, all, top);
       }
       online_softmax<kN, E>(scores, joined, all, to_log2, top, part.maximum + r, part.sum + r, rescale, careful);
-      rescale_rows(r, count, rescale);
+      if (!first) rescale_rows(r, count, rescale);
     });
   }
 
