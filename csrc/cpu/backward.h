@@ -16,7 +16,7 @@
 #include "backward_tasks.h"
 #include "backward_tile.h"
 #include "hard.h"
-#include "kernels.h"
+#include "phases.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -87,7 +87,8 @@ struct Backward : BackwardTasks {
     Scratch s;
     int& count = plan->phase_count = 0;
     if (joins_groups(p)) {
-      plan->phases[count++] = {head_tasks(p), &run};
+      const double pairs = double(heads_per_task(p)) * p.Sq * p.Sk;
+      plan->phases[count++] = phase_of(p, head_tasks(p), &run, pairs * 2.5 * (p.D + p.Dv));
     } else {
       plan->phases[count++] = {row_tasks(p), &prepare};
       plan->phases[count++] = {head_tasks(p) * task_groups(p), &run};

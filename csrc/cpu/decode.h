@@ -16,9 +16,9 @@
 #include "ahead.h"
 #include "embedding.h"
 #include "few_rows.h"
-#include "kernels.h"
 #include "microkernel.h"
 #include "online_softmax.h"
+#include "phases.h"
 #include "scores.h"
 
 namespace heedful::HEEDFUL_TARGET {
@@ -151,7 +151,9 @@ struct Decode {
   static void plan(const Problem& p, Plan* plan) {
     if (p.B * p.Hq * p.Sq == 0) return;
     Scratch s;
-    plan->phases[plan->phase_count++] = {p.B * p.Hk * chunks(p) * parts(p, few(p)), &run};
+    const int64_t tasks = p.B * p.Hk * chunks(p) * parts(p, few(p));
+    const double pairs = double(heads_per_task(p, few(p))) * few(p) * least(p.Sk, kChunk);
+    plan->phases[plan->phase_count++] = phase_of(p, tasks, &run, pairs * (p.D + p.Dv));
     if (chunks(p) > 1) plan->phases[plan->phase_count++] = {p.B * p.Hq, &join};
     plan->scratch_bytes = most(plan->scratch_bytes, carve(p, nullptr, &s));
     Carver workspace{nullptr};
@@ -540,35 +542,42 @@ struct Decode {
     const int64_t dim = padded<C>(p.Dv), count = own_chunks(band);
     const C sink = sink_of<C>(p, b, h, -kInfinity<C>);
     const double unit = score_unit(p);
-    C* lse = static_cast<C*>(p.lse) + query_index(p, band, h);
-    for (int64_t i = 0; i < band.q_rows; ++i) {
-      S* out = row_of<S>(p.out, band.batch, h, band.q_row + i);
-      if (i >= band.queries) {
-        lse[i] = -kInfinity<C>;
-        for (int64_t d = 0; d < p.Dv; ++d) from_compute(C(0), out + d);
-        continue;
-      }
-      const int64_t row = x * band.queries + i;
-      C top = sink;
-      for (int64_t c = 0; c < count; ++c) top = most(top, partial_of(c).maximum[row]);
-      const C reference = top == -kInfinity<C> ? C(0) : top;
-      const auto weight = [&](C maximum) {
-        return exp2<C>(broadcast<C>(maximum - reference), broadcast<C>(C(unit * kLog2e)))[0];
-      };
-      C sum = sink == -kInfinity<C> ? C(0) : weight(sink), *total = partial_of(0).out + row * dim;
+    const Vec<C> minus_infinity = broadcast<C>(-kInfinity<C>);
+    S* const out = row_of<S>(p.out, band.batch, h, band.q_row);
+    C* const lse = static_cast<C*>(p.lse) + query_index(p, band, h);
+    for (int64_t i = 0; i < band.queries; i += n) {  // a vector of rows
+      const int64_t rows = least<int64_t>(band.queries - i, n), row = x * band.queries + i;
+      Vec<C> top = broadcast<C>(sink);
+      for (int64_t c = 0; c < count; ++c) top = maximum(top, load_first<C>(partial_of(c).maximum + row, rows));
+      const Vec<C> reference = select(top == minus_infinity, Vec<C>{}, top);
+      const auto weight = [&](Vec<C> most) { return exp2<C>(most - reference, broadcast<C>(C(unit * kLog2e))); };
+      Vec<C> sum = sink == -kInfinity<C> ? Vec<C>{} : weight(broadcast<C>(sink));
+      C* const total = partial_of(0).out + row * dim;
       for (int64_t c = 0; c < count; ++c) {
         const Partial part = partial_of(c);
-        const C w = weight(part.maximum[row]);
-        sum += part.sum[row] * w;
-        for (int64_t d = 0; d < dim; d += n) {
-          const Vec<C> o = part.sum[row] == 0 ? Vec<C>{} : load(part.out + row * dim + d) * w;
-          store(total + d, c ? load(total + d) + o : o);
+        const Vec<C> w = weight(load_first<C>(part.maximum + row, rows)), more = load_first<C>(part.sum + row, rows);
+        sum += more * w;
+        for (int64_t r = 0; r < rows; ++r) {
+          if (count == 1 && w[r] == 1 && more[r] != 0) continue;
+          C* const to = total + r * dim;
+          for (int64_t d = 0; d < dim; d += n) {
+            const Vec<C> o = more[r] == 0 ? Vec<C>{} : load(part.out + (row + r) * dim + d) * w[r];
+            store(to + d, c ? load(to + d) + o : o);
+          }
         }
       }
       // A NaN among the scores shows in the sum alone.
-      const bool dead = top == -kInfinity<C> && sum == sum;
-      lse[i] = dead ? -kInfinity<C> : C(reference * unit + log2<C>(broadcast<C>(sum))[0] * kLn2);
-      for (int64_t d = 0; d < p.Dv; ++d) from_compute(dead ? C(0) : total[d] / sum, out + d);
+      const auto dead = (top == minus_infinity) & (sum == sum);
+      const Vec<C> log = log2<C>(sum);
+      for (int64_t r = 0; r < rows; ++r) {
+        lse[i + r] = dead[r] ? -kInfinity<C> : C(reference[r] * unit + log[r] * kLn2);
+        for (int64_t d = 0; d < p.Dv; ++d)
+          from_compute(dead[r] ? C(0) : total[r * dim + d] / sum[r], out + (i + r) * p.out.stride[2] + d);
+      }
+    }
+    for (int64_t i = band.queries; i < band.q_rows; ++i) {
+      lse[i] = -kInfinity<C>;
+      for (int64_t d = 0; d < p.Dv; ++d) from_compute(C(0), out + i * p.out.stride[2] + d);
     }
   }
 };

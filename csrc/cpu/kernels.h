@@ -11,6 +11,7 @@ using Task = void (*)(const Problem&, int64_t task, void* scratch);
 struct Phase {
   int64_t tasks;
   Task run;
+  int64_t at_a_time = 1;  // that a thread takes, one after the other
 };
 
 struct Plan {

@@ -1,4 +1,5 @@
 // The operators on the CPU: a kernel is selected, its plan is run.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -36,7 +37,9 @@ void run_phase(const Problem& p, const Phase& phase, size_t scratch_bytes) {
   std::atomic<int64_t> next{0};
   const auto pull = [&](int64_t, int64_t) {
     char* memory = scratch.at_least(scratch_bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) phase.run(p, task, memory);
+    for (int64_t task; (task = next.fetch_add(phase.at_a_time, std::memory_order_relaxed)) < phase.tasks;)
+      for (const int64_t end = std::min(task + phase.at_a_time, phase.tasks); task < end; ++task)
+        phase.run(p, task, memory);
   };
   if (p.threads == 1 || phase.tasks < 2)
     pull(0, 1);
