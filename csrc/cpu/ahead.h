@@ -9,8 +9,6 @@
 
 namespace heedful::HEEDFUL_TARGET {
 
-constexpr int64_t kLine = 64;  // bytes of a cache's line
-
 // For memory that is read in order, a row of so many bytes after the other: the processor fetches what follows by
 // itself, but stops at the page's end. Where a page begins a line of a later one is asked for.
 HEEDFUL_FN void fetch_later_page(const void* row, int64_t bytes) {

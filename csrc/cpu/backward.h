@@ -278,7 +278,8 @@ struct Backward : BackwardTasks {
         }
         if (!packed) tiles.pack_keys(j0, keys);
         packed = true;
-        tiles.run(head, tile, sum, {careful, summed || (any && !apart), !starts});
+        tiles.run(head, tile, sum,
+                  {careful, summed || (any && !apart), !starts, least(next, end), least(tile_end(next), end)});
         summed = true;
       }
       if (!summed) continue;

@@ -41,7 +41,14 @@ struct BackwardTile {
   }
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && (kBFloat16x2 || !scales_first(p)); }
   static bool k_in_place(const Problem& p) {
-    return scales_ds(p) && lie_in_vectors<C>(p.k, p.D) && lie_close_as_operand<E, S>(p.k, p.D);
+    return scales_ds(p) && lie_in_vectors<C>(p.k, p.D) && lie_close_as_operand<E, S>(p.k, p.D) &&
+           spread<S>(p.k.stride[2]) == p.k.stride[2];
+  }
+  static int64_t k_stride(const Problem& p) { return spread<C>(padded<C>(embedded_dim(p))); }
+  // Whether queries are so many that their rows do not stay in the second cache from one block of keys to the next.
+  static bool fetches_queries(const Problem& p) {
+    constexpr int64_t kMostBytes = 1 << 20;
+    return kVectors == 2 && p.Sq * (p.D + p.Dv) * int64_t(sizeof(S)) > kMostBytes;
   }
   // Queries of a panel whose numbers are made at a time: all where diagonals are added up, of which each part has its
   // own; more for large heads, whose keys come anew for each part.
@@ -71,7 +78,7 @@ struct BackwardTile {
       const int64_t panel = kVectors * n, queries = least(kQueries, p.Sq), dim = embedded_dim(p);
       kt = carve.take<E>(terms<E>(dim) * lanes);
       vt = carve.take<E>(terms<E>(p.Dv) * lanes);
-      k = k_in_place(p) ? nullptr : carve.take<E>(terms<E>(lanes) * padded<C>(dim));
+      k = k_in_place(p) ? nullptr : carve.take<E>(terms<E>(lanes) * k_stride(p));
       q = q_in_place(p) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(dim)));
       dout = in_place(p.dout, p.Dv) ? nullptr : carve.take<E>(queries * terms<E>(padded<C>(p.Dv)));
       weights = TileWeights<E>(carve, queries, lanes, least(part_queries(p), queries), panel);
@@ -88,9 +95,10 @@ struct BackwardTile {
     double* distances;  // null where unwanted
   };
   // Whether absent pairs are left out one by one; whether the keys have sums of other tiles to add to, and the queries
-  // of other keys.
+  // of other keys; the queries of the head's next tile.
   struct Way {
     bool careful, adds_to_keys, adds_to_queries;
+    int64_t next_i0, next_i1;
   };
 
   const Problem& p;
@@ -113,14 +121,14 @@ struct BackwardTile {
                    scales_ds(p) ? C(p.scale) : C(1));
     });
     if (!s.k) return;
-    load_operand(s.k, padded<C>(dim), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
+    load_operand(s.k, k_stride(p), Source<S>{k, p.k.stride[2], p.k.stride[3]}, keys, p.D, padded<C>(dim),
                  scales_k(p) ? C(p.scale) : C(1));
-    embed_rows(p, Role::key, s.k, padded<C>(dim), keys, C(1));
+    embed_rows(p, Role::key, s.k, k_stride(p), keys, C(1));
   }
 
   // Those from j0 on, which were packed.
   Rows<E> key_rows(int64_t j0) const {
-    if (s.k) return {s.k, padded<C>(embedded_dim(p))};
+    if (s.k) return {s.k, k_stride(p)};
     return in_memory<E>(Source<S>{row_of<const S>(p.k, band.batch, hk, band.k_row + j0), p.k.stride[2], 1});
   }
 
@@ -155,13 +163,39 @@ struct BackwardTile {
     }
   }
 
+  // What comes meanwhile: the next tile's rows, and those of this one that its last product adds to.
+  struct QueriesAhead {
+    RowsAhead q, dout, dq;
+
+    // What a panel of keys takes of them.
+    QueriesAhead of_panel(int64_t l, int64_t width, int64_t lanes) const {
+      const auto part = [&](RowsAhead rows) -> RowsAhead {
+        const int64_t first = rows.rows * l / lanes, end = rows.rows * least(l + width, lanes) / lanes;
+        if (first >= end) return {};
+        rows.data += first * rows.stride, rows.rows = end - first;
+        return rows;
+      };
+      return {part(q), part(dout), part(dq)};
+    }
+  };
+  QueriesAhead queries_ahead(const Head& head, const Tile& t, const Way& way) const {
+    if (!fetches_queries(p)) return {};
+    const int64_t first = band.q_row + way.next_i0, count = way.next_i1 - way.next_i0, size = sizeof(C);
+    const GradientRows<C>& dq = head.dq;
+    return {ahead_of<S>(p.q, band.batch, t.h, first, count, p.D),
+            ahead_of<S>(p.dout, band.batch, t.h, first, count, p.Dv),
+            {reinterpret_cast<const char*>(dq.row(t.i0)), t.i1 - t.i0, dq.stride * size, dq.width * size, true}};
+  }
+
   // `sum` has the keys' gradients, unless they are turned.
   void run(const Head& head, const Tile& t, const KeyGradients<C>& sum, const Way& way) const {
     const int64_t queries = t.i1 - t.i0, keys = t.j1 - t.j0;
     const Queries rows = load_queries(t);
     if (s.parts.distances) load_distances<InLanes::keys>(s.parts.distances, s.lanes, p, band, t);
-    for_each_panel<C>(padded<C>(keys),
-                      [&](int64_t l, auto vectors) { score_panel<vectors.value>(head, t, rows, l, way.careful); });
+    const QueriesAhead ahead = queries_ahead(head, t, way);
+    for_each_panel<C>(padded<C>(keys), [&](int64_t l, auto vectors) {
+      score_panel<vectors.value>(head, t, rows, ahead.of_panel(l, vectors.value * n, padded<C>(keys)), l, way.careful);
+    });
     if (kBFloat16x2 && keys % 2) s.weights.clear_key(keys, queries);
     way.adds_to_keys ? add_to_keys<Onto::c>(t, rows, sum, way) : add_to_keys<Onto::nothing>(t, rows, sum, way);
     way.adds_to_queries ? add_to_queries<Onto::c>(head, t, way) : add_to_queries<Onto::nothing>(head, t, way);
@@ -187,7 +221,7 @@ struct BackwardTile {
                         [&](int64_t j) { return j < keys && !s.weights.is_absent(i, j); });
   }
 
-  Operand<E, Unit::row> along_queries(const E* weights) const { return {weights, s.lanes}; }
+  Operand<E, Unit::row> along_queries(const E* weights) const { return {weights, s.weights.lanes}; }
 
   template <Onto onto>
   void add_to_keys(const Tile& t, const Queries& rows, const KeyGradients<C>& sum, const Way& way) const {
@@ -238,7 +272,8 @@ struct BackwardTile {
 
   // P and dS of one panel of keys; zero where no pair is left.
   template <int kN>
-  HEEDFUL_FN void score_panel(const Head& head, const Tile& t, const Queries& rows, int64_t l, bool careful) const {
+  HEEDFUL_FN void score_panel(const Head& head, const Tile& t, const Queries& rows, const QueriesAhead& ahead,
+                              int64_t l, bool careful) const {
     constexpr int width = kN * n;
     const int64_t queries = t.i1 - t.i0;
     Tile panel = t;
@@ -255,14 +290,14 @@ struct BackwardTile {
     for (int64_t r = r0, next; r < r1; r = next) {
       next = least((r / step + 1) * step, r1);
       panel.i0 = t.i0 + r, panel.i1 = t.i0 + next;
-      score_part<kN>(head, t, panel, rows, absent, careful);
+      score_part<kN>(head, t, panel, rows, ahead, absent, careful);
     }
   }
 
   // Of some of its queries.
   template <int kN>
-  HEEDFUL_CALLED void score_part(const Head& head, const Tile& t, const Tile& part, const Queries& rows, Vec<C> absent,
-                                 bool careful) const {
+  HEEDFUL_CALLED void score_part(const Head& head, const Tile& t, const Tile& part, const Queries& rows,
+                                 const QueriesAhead& queries, Vec<C> absent, bool careful) const {
     constexpr int width = kN * n;
     const int64_t r0 = part.i0 - t.i0, count = part.i1 - part.i0, l = part.j0 - t.j0, dim = embedded_dim(p);
     const typename TileWeights<E>::Numbers numbers = s.weights.numbers(r0, l, width);
@@ -273,19 +308,20 @@ struct BackwardTile {
         [&](int64_t x) { return band.end_query(part.j0 + x) - part.i0; });
     const bool whole = spans.whole() && spans.count() == count;
     const bool by_parts = !whole && !part.words && keeps_products<E>(p);
-    Ahead bias(ahead_of(p.bias, size_of(p.bias_dtype), part), {}, pauses<E>(spans, dim));
-    Ahead dbias(ahead_of(p.dbias, sizeof(C), part), {}, pauses<E>(spans, p.Dv));
+    const RowsAhead bias = ahead_of(p.bias, size_of(p.bias_dtype), part), dbias = ahead_of(p.dbias, sizeof(C), part);
+    Ahead of_scores(bias.rows ? bias : queries.q, queries.dq, pauses<E>(spans, dim)),
+        of_grads(dbias.rows ? dbias : queries.dout, {}, pauses<E>(spans, p.Dv));
     const Operand<E, Unit::k> q{rows.q_rows.data + r0 * rows.q_rows.stride, rows.q_rows.stride},
         dout{rows.dout_rows.data + r0 * rows.dout_rows.stride, rows.dout_rows.stride};
     spans.for_each_part([&](int64_t from, int64_t to, int lo, int hi, int edge) {
       multiply_meanwhile<Onto::nothing>(q, from, to, s.kt + l * terms<E>(dim) + lo * n, width, prob + lo * n, stride,
-                                        (hi - lo) * n, prob, dim, bias);
+                                        (hi - lo) * n, prob, dim, of_scores);
       multiply_meanwhile<Onto::nothing>(dout, from, to, s.vt + l * terms<E>(p.Dv) + lo * n, width, grad + lo * n,
-                                        stride, (hi - lo) * n, prob, p.Dv, dbias);
+                                        stride, (hi - lo) * n, prob, p.Dv, of_grads);
       if (edge >= 0 && by_parts)
         mask_edge<InLanes::keys>(band, part, edge * n, from, to, prob + edge * n, stride, Vec<C>{});
     });
-    bias.expect_end(), dbias.expect_end();
+    of_scores.expect_end(), of_grads.expect_end();
     const auto leave_out = [&](int v, int64_t from, int64_t to) {
       for (int64_t r = from; r < to; ++r) store(prob + r * stride + v * n, broadcast<C>(-kInfinity<C>));
     };

@@ -63,19 +63,21 @@ struct Forward {
     } else {
       s->weights = s->scores;
       s->k = k_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(embedded_dim(p)));
-      s->v = v_in_place(p) ? nullptr : carve.take<C>(keys * padded<C>(p.Dv));
+      s->v = v_in_place(p) ? nullptr : carve.take<C>(keys * value_stride(p, keys));
     }
     s->best = p.normalizer == Normalizer::hard ? carve.take<Int<C>>(lanes) : nullptr;
     s->parts = ScoreParts<C>(p, carve, keys, panel, lanes, false);
     return carve.size;
   }
 
-  // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block.
+  // Rows that follow each other closely are read where they lie; others are packed (and widened), block by block, and
+  // so are values whose rows have few places in a cache: a product takes some elements of each.
   static bool k_in_place(const Problem& p) {
     return lie_close_as_operand<E, S>(p.k, p.D) && p.similarity == Similarity::dot;
   }
   static bool v_in_place(const Problem& p) {
-    return kBFloat16x2 ? shares_values(p) : lie_close_as_operand<E, S>(p.v, p.Dv);
+    if constexpr (kBFloat16x2) return shares_values(p);
+    return lie_close_as_operand<E, S>(p.v, p.Dv) && spread<S>(p.v.stride[2]) == p.v.stride[2];
   }
 
   // Larger blocks where each packs keys or values, but under a bool or block mask, which has words for kQueries, and as
@@ -147,7 +149,7 @@ struct Forward {
     load_values(p, shared_values(p, band, b, hk, block), {v, p.v.stride[2], p.v.stride[3]}, j1 - j0);
   }
   static int64_t value_stride(const Problem& p, int64_t keys) {
-    return padded<C>(kValueUnit == Unit::k ? terms<E>(keys) : p.Dv);
+    return spread<C>(padded<C>(kValueUnit == Unit::k ? terms<E>(keys) : p.Dv));
   }
   static Rows<E> load_values(const Problem& p, E* to, Source<S> from, int64_t keys) {
     const int64_t stride = value_stride(p, keys);

@@ -211,6 +211,13 @@ void test_large_heads(DType dtype) {
   }
 }
 
+// Rows that would lie in few places of a cache; so many queries that they are fetched ahead.
+void test_large_rows(DType dtype) {
+  test({.dtype = dtype, .B = 1, .Hq = 2, .Hk = 1, .Sq = 150, .Sk = 171, .D = 128, .Dv = 256, .start = 37, .right = 0});
+  for (int64_t left : {kUnbounded, int64_t{1300}})
+    test({.dtype = dtype, .B = 1, .Hq = 2, .Hk = 1, .Sq = 1400, .Sk = 40, .D = 128, .Dv = 256, .left = left});
+}
+
 // Blocks of queries, and query heads, that share values: kernels for pairs of bfloat16 make them once.
 void test_shared_values() {
   for (Layout layout : {Layout::rows, Layout::heads_inside, Layout::columns})
@@ -301,6 +308,7 @@ int main() {
   }
   for (int t = 0; t < 4; ++t) test_many_heads(DType(t));
   test_shared_values();
+  for (int t = 0; t < 4; ++t) test_large_rows(DType(t));
   for (const InstructionSet* isa : kInstructionSets) std::printf("%s ", isa->name);
   std::printf("\n");
   return summary();

@@ -12,6 +12,8 @@ namespace heedful::HEEDFUL_TARGET {
 constexpr int kRows = 6;
 constexpr int kVectors = HEEDFUL_VECTOR_REGISTERS == 32 ? 4 : 2;
 
+constexpr int64_t kLine = 64;  // bytes of a cache's line
+
 // Elements of a sum after which it pauses, for ranges that do something else meanwhile (ahead.h).
 constexpr int64_t kPace = 8;
 
@@ -197,6 +199,14 @@ template <class C>
 HEEDFUL_FN int64_t padded(int64_t x) {
   constexpr int n = kLanes<C>;
   return (x + n - 1) / n * n;
+}
+
+// A stride, of so many numbers or a few more, at which the rows of a narrow panel find places in the first cache: it
+// takes a line of each, and every eighth line has the same places as others.
+template <class C>
+HEEDFUL_FN int64_t spread(int64_t stride) {
+  constexpr int64_t size = sizeof(C);
+  return kVectors == 2 && stride * size % (8 * kLine) == 0 ? stride + kLine / size : stride;
 }
 
 }  // namespace heedful::HEEDFUL_TARGET

@@ -3,7 +3,7 @@
 // until they are joined.
 #pragma once
 
-#include "operands.h"
+#include "microkernel.h"
 
 namespace heedful::HEEDFUL_TARGET {
 
@@ -19,9 +19,9 @@ struct TileWeights {
   int64_t lanes, grad_stride;  // strides
 
   TileWeights() = default;
-  // For parts of so many queries and panels of so many keys.
-  TileWeights(Carver& carve, int64_t queries, int64_t lanes, int64_t part, int64_t width)
-      : lanes(lanes), grad_stride(terms<E>(lanes)) {
+  // For so many queries and keys, parts of so many queries and panels of so many keys.
+  TileWeights(Carver& carve, int64_t queries, int64_t keys, int64_t part, int64_t width)
+      : lanes(spread<C>(keys)), grad_stride(terms<E>(lanes)) {
     p = carve.take<C>(kBFloat16x2 ? part * width : queries * lanes);
     ds = carve.take<C>(kBFloat16x2 ? part * width : queries * lanes);
     if constexpr (kBFloat16x2) {
