@@ -7,6 +7,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_why_no_gpu_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 columns, whatever the reason."""
     reason = "not loaded: " + " ".join(["reason"] * 40)
     monkeypatch.setattr(ops, "NO_CUDA", reason)
+    lines = program.about().splitlines()
+    assert max(map(len, lines)) <= 100 and reason in " ".join(" ".join(lines).split())
+
+
+def test_why_kernels_are_not_used_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise, where a machine lacks a lot."""
+    reason = "cpu/kernel: this machine lacks " + " ".join(["feature"] * 40)
+    monkeypatch.setattr(program, "_explained", lambda dtype: types.SimpleNamespace(kernel="cpu/avx2", reasons=[reason]))
     lines = program.about().splitlines()
     assert max(map(len, lines)) <= 100 and reason in " ".join(" ".join(lines).split())
 

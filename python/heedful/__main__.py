@@ -120,7 +120,7 @@ def about() -> str:
             f"torch {torch.__version__}, Python {platform.python_version()}, threads: {torch.get_num_threads()}",
         ],
         "runs": [f"{name:<10}{call.kernel or 'nothing'}" for name, call in calls.items()],
-        "not used": list(reasons),
+        "not used": [line for reason in reasons for line in textwrap.wrap(reason, LINE, subsequent_indent="  ")],
     }
     return "\n".join(f"{'' if i else title:<10}{line}" for title, lines in rows.items() for i, line in enumerate(lines))
 
