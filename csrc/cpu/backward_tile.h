@@ -42,7 +42,7 @@ struct BackwardTile {
   static bool q_in_place(const Problem& p) { return in_place(p.q, p.D) && (kBFloat16x2 || !scales_first(p)); }
   static bool k_in_place(const Problem& p) {
     return scales_ds(p) && lie_in_vectors<C>(p.k, p.D) && lie_close_as_operand<E, S>(p.k, p.D) &&
-           spread<S>(p.k.stride[2]) == p.k.stride[2];
+           lie_spread<S>(p.k, p.Sq);
   }
   static int64_t k_stride(const Problem& p) { return spread<C>(padded<C>(embedded_dim(p))); }
   // Whether queries are so many that their rows do not stay in the second cache from one block of keys to the next.

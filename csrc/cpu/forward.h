@@ -77,7 +77,7 @@ struct Forward {
   }
   static bool v_in_place(const Problem& p) {
     if constexpr (kBFloat16x2) return shares_values(p);
-    return lie_close_as_operand<E, S>(p.v, p.Dv) && spread<S>(p.v.stride[2]) == p.v.stride[2];
+    return lie_close_as_operand<E, S>(p.v, p.Dv) && lie_spread<S>(p.v, p.Sq);
   }
 
   // Larger blocks where each packs keys or values, but under a bool or block mask, which has words for kQueries, and as

@@ -213,7 +213,7 @@ void test_large_heads(DType dtype) {
 
 // Rows that would lie in few places of a cache; so many queries that they are fetched ahead.
 void test_large_rows(DType dtype) {
-  test({.dtype = dtype, .B = 1, .Hq = 2, .Hk = 1, .Sq = 150, .Sk = 171, .D = 128, .Dv = 256, .start = 37, .right = 0});
+  test({.dtype = dtype, .B = 1, .Hq = 2, .Hk = 1, .Sq = 260, .Sk = 171, .D = 128, .Dv = 256, .start = 37, .right = 0});
   for (int64_t left : {kUnbounded, int64_t{1300}})
     test({.dtype = dtype, .B = 1, .Hq = 2, .Hk = 1, .Sq = 1400, .Sk = 40, .D = 128, .Dv = 256, .left = left});
 }

@@ -208,5 +208,11 @@ HEEDFUL_FN int64_t spread(int64_t stride) {
   constexpr int64_t size = sizeof(C);
   return kVectors == 2 && stride * size % (8 * kLine) == 0 ? stride + kLine / size : stride;
 }
+// Whether rows do where they lie, or queries are too few for a copy to pay.
+template <class S>
+HEEDFUL_FN bool lie_spread(const View& rows, int64_t queries) {
+  constexpr int64_t kFew = 256;
+  return queries < kFew || spread<S>(rows.stride[2]) == rows.stride[2];
+}
 
 }  // namespace heedful::HEEDFUL_TARGET
