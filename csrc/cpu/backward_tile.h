@@ -170,6 +170,7 @@ struct BackwardTile {
     // What a panel of keys takes of them.
     QueriesAhead of_panel(int64_t l, int64_t width, int64_t lanes) const {
       const auto part = [&](RowsAhead rows) -> RowsAhead {
+        if (!rows.rows) return {};
         const int64_t first = rows.rows * l / lanes, end = rows.rows * least(l + width, lanes) / lanes;
         if (first >= end) return {};
         rows.data += first * rows.stride, rows.rows = end - first;
@@ -256,11 +257,13 @@ struct BackwardTile {
     const auto add = [&](C* to, Rows<E> left, int64_t dim, const E* weights) {
       const Operand<E, Unit::k> a{left.data, left.stride};
       if (!way.careful)
-        return multiply<onto>(a, 0, dim, weights, s.lanes, to, s.lanes, lanes, to, QueriesThatSee<true>{band, t});
+        return multiply<onto>(a, 0, dim, weights, s.weights.lanes, to, s.lanes, lanes, to,
+                              QueriesThatSee<true>{band, t});
       for (int64_t d = 0; d < dim; ++d)
         for (int64_t l = 0; l < lanes; l += n) {
           C* const sum = to + d * s.lanes + l;
-          const Vec<C> more = sum_unmarked(a, d, 0, terms<E>(queries), weights + l, s.weights.weights + l, s.lanes);
+          const Vec<C> more =
+              sum_unmarked(a, d, 0, terms<E>(queries), weights + l, s.weights.weights + l, s.weights.lanes);
           store(sum, onto == Onto::c ? load(sum) + more : more);
         }
     };

@@ -134,7 +134,7 @@ struct Forward {
   // A block of keys is a task.
   using Steps = WholeSteps<E>;
   static int64_t value_blocks(const Problem& p) { return (p.Sk + kKeys - 1) / kKeys; }
-  static int64_t step_size(const Problem& p) { return terms<E>(Steps::kRows) * padded<C>(p.Dv); }
+  static int64_t step_size(const Problem& p) { return terms<E>(Steps::kRows) * spread<C>(padded<C>(p.Dv)); }
   static Steps steps(const Problem& p) { return Steps::of_call(p, p.Hk, p.k_offsets, p.k_rows, p.Sk); }
   static E* shared_values(const Problem& p, const Band& band, int64_t b, int64_t hk, int64_t block) {
     return static_cast<E*>(p.workspace) + steps(p).at(b, hk, band.k_row, block * kKeys) * step_size(p);

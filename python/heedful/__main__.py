@@ -113,15 +113,16 @@ def about() -> str:
         "built": [
             f"heedful {built['version']} by {built['compiler']}, for torch {built['torch_target']} and newer",
             f"instruction sets: {', '.join(built['isas'])}",
-            *textwrap.wrap(on_gpus, LINE),
+            on_gpus,
         ],
         "machine": [
             f"{platform.machine()}, best instruction set of these: {_info.cpu_capability()}",
             f"torch {torch.__version__}, Python {platform.python_version()}, threads: {torch.get_num_threads()}",
         ],
         "runs": [f"{name:<10}{call.kernel or 'nothing'}" for name, call in calls.items()],
-        "not used": [line for reason in reasons for line in textwrap.wrap(reason, LINE, subsequent_indent="  ")],
+        "not used": list(reasons),
     }
+    rows = {title: [part for line in lines for part in textwrap.wrap(line, LINE)] for title, lines in rows.items()}
     return "\n".join(f"{'' if i else title:<10}{line}" for title, lines in rows.items() for i, line in enumerate(lines))
 
 
